@@ -1,0 +1,45 @@
+# `make demo` and `make test` set everything up themselves on a bare clone (Python 3.11 or newer, pip).
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# one thread each: two test workers on two cores beat two threads that fight
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM = false
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: setup demo test lint format bench wheel clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	# torch first and by its exact version: the other packages then find it and fetch no other build
+	$(BIN)/pip install --quiet torch -c constraints.txt
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[test,viz]'
+	touch $(STAMP)
+
+demo: setup
+	$(BIN)/holimerge demo
+
+test: setup lint
+	$(BIN)/pytest -n 2 --dist worksteal tests
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup
+	$(BIN)/python -m holimerge.eval.bench_reduction --output results
+
+wheel: setup
+	$(BIN)/python -m build --outdir dist .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

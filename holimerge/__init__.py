@@ -1,0 +1,1 @@
+"""holimerge: training-free token merging for Hugging Face video LLMs."""

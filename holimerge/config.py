@@ -1,0 +1,312 @@
+"""Configuration: what to reduce, to what budget, how. Frozen, YAML in and out, every error names its key."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from .registry import list_methods, list_presets, method_module, nearest, preset_text
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key's path, the value and what is valid."""
+
+
+class Section(BaseModel):
+    """A block of the configuration: unknown keys and loose types are errors, instances are immutable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Budget(Section):
+    """How many video tokens may enter the LLM; exactly one of `retain`, `tokens` and `flops`.
+
+    retain: share of the video's own tokens, per video, in (0, 1].
+    tokens: count per video, at least 1.
+    flops: share of the unpatched LLM prefill (text included), per prompt, in (0, 1].
+    exact: exactly that many tokens, known before a feature exists; false follows the authors' rounding.
+    """
+
+    retain: float | None = Field(None, gt=0, le=1)
+    tokens: int | None = Field(None, ge=1)
+    flops: float | None = Field(None, gt=0, le=1)
+    exact: bool = True
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Budget:
+        given = [k for k in ("retain", "tokens", "flops") if getattr(self, k) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"exactly one of retain, tokens, flops is needed; got {' and '.join(given) if given else 'none'}"
+            )
+        return self
+
+    def keep(self, total: int) -> int:
+        """K, the tokens to keep of a video of `total` = T N tokens (separators not counted).
+
+        A `flops` budget needs the prompt: see `holimerge.cost.largest_budget`.
+        """
+        if self.retain is not None:
+            return min(total, max(1, math.floor(self.retain * total + 0.5)))
+        if self.tokens is not None:
+            return min(total, self.tokens)
+        raise ValueError("a flops budget is solved for a prompt, not for a video alone")
+
+
+class OuterOptions(Section):
+    """What every outer reduction shares; a method adds its own keys in its file.
+
+    at: reduce the projector's input (fewer tokens are projected) or its output (the authors' way).
+    order: sequence by raster order of the tokens' anchors, or by segment with its static tokens first.
+    positions: contiguous re-numbers, original keeps each anchor's; auto is contiguous on 1-D RoPE, original on mRoPE.
+    """
+
+    at: Literal["projector_input", "projector_output"] = "projector_input"
+    order: Literal["raster", "segment"] = "raster"
+    positions: Literal["auto", "contiguous", "original"] = "auto"
+
+
+class Inner(Section):
+    """Merging inside the LLM, once, at decoder layer `layer`.
+
+    layer: an index of at least 1, or a share of the depth in (0, 1).
+    retain: share of the prompt's entering video tokens that is kept, in (0, 1].
+    merge: mean (weighted by the tokens each holds, order-independent), pairwise (the authors' running average),
+        drop (nothing is merged, as FastV).
+    """
+
+    layer: int | float
+    retain: float = Field(0.5, gt=0, le=1)
+    merge: Literal["mean", "pairwise", "drop"] = "mean"
+
+    @field_validator("layer")
+    @classmethod
+    def _layer(cls, value: int | float) -> int | float:
+        good = value >= 1 if isinstance(value, int) else 0 < value < 1
+        if isinstance(value, bool) or not good:
+            raise ValueError(
+                "a layer is an index of at least 1 (the query's attention is read one layer below) "
+                "or a share of the depth between 0 and 1"
+            )
+        return value
+
+    def resolve(self, depth: int) -> int:
+        """The decoder layer's index in a model of `depth` layers; ConfigError if there is no such layer."""
+        layer = max(1, round(self.layer * depth)) if isinstance(self.layer, float) else self.layer
+        if not 1 <= layer < depth:
+            raise ConfigError(
+                f"inner.layer: {self.layer} is not a layer of this model; valid: 1 to {depth - 1}, "
+                "or a share of the depth between 0 and 1"
+            )
+        return layer
+
+    def keep(self, count: int) -> int:
+        """How many of `count` video tokens stay: Python's round (half to even, as the authors'), at least one."""
+        return max(1, round(count * self.retain)) if count else 0
+
+
+class Config(Section):
+    """A whole configuration; see `load_config`.
+
+    method: a name of `holimerge.list_methods()`.
+    budget: None for a method that keeps all tokens.
+    outer: the method's options (None for a method that has none).
+    inner: None for no merging inside the LLM.
+    """
+
+    method: str
+    budget: Budget | None = None
+    outer: SerializeAsAny[OuterOptions] | None = None
+    inner: Inner | None = None
+
+    @field_validator("method")
+    @classmethod
+    def _method(cls, value: str) -> str:
+        if value not in list_methods():
+            raise ValueError(f"unknown method{nearest(value, list_methods())} Valid: {', '.join(list_methods())}")
+        return value
+
+    @field_validator("outer", mode="before")
+    @classmethod
+    def _outer(cls, value: Any, info: ValidationInfo) -> Any:
+        if "method" not in info.data:  # the method itself is wrong; its own error is enough
+            return None
+        options = method_module(info.data["method"]).METHOD.options
+        if options is None:
+            if value is not None:
+                raise ValueError(f"method {info.data['method']} takes no outer block")
+            return None
+        if isinstance(value, OuterOptions):
+            value = value.model_dump()
+        return options.model_validate({} if value is None else value, strict=True)
+
+    @model_validator(mode="after")
+    def _fits_method(self) -> Config:
+        method = method_module(self.method).METHOD
+        if method.options is None and self.budget is not None:
+            raise ValueError(f"budget: method {self.method} keeps every token and takes no budget")
+        if method.options is not None and self.budget is None:
+            raise ValueError(
+                f"budget: method {self.method} needs one, e.g. {{retain: 0.1}}, {{tokens: 640}} or {{flops: 0.1}}"
+            )
+        if method.options is not None and self.outer is None:
+            # `outer` was absent, so its validator did not run: take the method's defaults
+            object.__setattr__(self, "outer", method.options())
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain dict that `load_config` turns back into an equal configuration."""
+        return self.model_dump(exclude_none=True)
+
+    def to_yaml(self) -> str:
+        """YAML text that `load_config` (as a file) turns back into an equal configuration."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """safe_load that refuses a key given twice, where YAML would silently take the last."""
+
+
+def _unique_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    seen: dict[Any, Any] = {}
+    for key_node, value_node in node.value:
+        key = loader.construct_object(key_node, deep=deep)
+        if key in seen:
+            raise ConfigError(f"{key}: given twice (line {key_node.start_mark.line + 1})")
+        seen[key] = loader.construct_object(value_node, deep=True)
+    return seen
+
+
+_UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
+
+
+def _parse_yaml(text: str, origin: str) -> dict[str, Any]:
+    try:
+        # a subclass of SafeLoader: no tag of YAML can construct a Python object
+        data = yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{origin}: not valid YAML: {error}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{origin}: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{origin}: a configuration is a mapping of keys, got {type(data).__name__}")
+    return data
+
+
+def _override(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in changes.items():
+        if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
+            below = dict(merged[key])
+            if key == "budget" and {"retain", "tokens", "flops"} & set(value):
+                # another kind of budget replaces the preset's, it does not stand beside it
+                below = {k: v for k, v in below.items() if k not in ("retain", "tokens", "flops")}
+            merged[key] = _override(below, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _with_base(data: Mapping[str, Any], seen: tuple[str, ...] = ()) -> dict[str, Any]:
+    changes = dict(data)
+    base = changes.pop("base", None)
+    if base is None:
+        return changes
+    if not isinstance(base, str) or base not in list_presets():
+        raise ConfigError(
+            f"base: {base!r} is no preset{nearest(base, list_presets())} Valid: {', '.join(list_presets())}"
+        )
+    if base in seen:
+        raise ConfigError(f"base: presets name each other in a circle: {' -> '.join((*seen, base))}")
+    return _override(_with_base(_parse_yaml(preset_text(base), f"preset {base}"), (*seen, base)), changes)
+
+
+def _known_keys(path: tuple[Any, ...], method: Any) -> list[str]:
+    if not path:
+        return [*Config.model_fields, "base"]
+    if path[0] == "outer":
+        options: type[BaseModel] | None = OuterOptions
+        if method in list_methods():
+            options = method_module(method).METHOD.options
+        return list(options.model_fields) if options is not None else []
+    section = {"budget": Budget, "inner": Inner}.get(str(path[0]))
+    return list(section.model_fields) if section else []
+
+
+def _explain(error: ValidationError, data: Mapping[str, Any]) -> str:
+    lines = []
+    for e in error.errors():
+        # a union's branches appear in the location ("layer", "int"): they are no keys of the user's
+        path = tuple(p for p in e["loc"] if p not in ("int", "float"))
+        name = ".".join(map(str, path)) or "configuration"
+        value, kind, ctx = e["input"], e["type"], e.get("ctx", {})
+        if kind == "extra_forbidden":
+            keys = _known_keys(path[:-1], data.get("method"))
+            text = f"unknown key{nearest(path[-1], keys)} Valid: {', '.join(keys)}"
+        elif kind == "missing":
+            text = f"missing; valid: {', '.join(list_methods())}" if name == "method" else "missing"
+        elif kind == "value_error":
+            shown = f"{value!r}: " if path and not isinstance(value, Mapping) else ""
+            text = f"{shown}{ctx['error']}"
+        elif path and path[-1] == "layer":  # one wrong value, two branches of a union
+            text = f"{value!r} is neither an index of at least 1 nor a share of the depth between 0 and 1"
+        elif kind == "literal_error":
+            choices = re.findall(r"'([^']*)'", ctx["expected"])
+            text = f"{value!r} is not valid{nearest(value, choices)} Valid: {', '.join(choices)}"
+        else:
+            text = f"{value!r} is not valid: {e['msg']}"
+        line = f"{name}: {text}" if path else text
+        if line not in lines:
+            lines.append(line)
+    return "\n".join(lines)
+
+
+def load_config(cfg: str | os.PathLike[str] | Mapping[str, Any] | Config) -> Config:
+    """Read a configuration.
+
+    Args:
+        cfg: a preset's name (`list_presets()`), a path to a YAML file, a dict, or a `Config` (returned as it is).
+            A dict or file may name a preset as `base` and override keys of it.
+
+    Raises:
+        ConfigError: (a ValueError) naming the key's path, the value and the valid choices or the nearest spelling.
+        FileNotFoundError: the path does not exist.
+        TypeError: `cfg` is none of these.
+    """
+    if isinstance(cfg, Config):
+        return cfg
+    if isinstance(cfg, Mapping):
+        data, origin = _with_base(cfg), ""
+    elif isinstance(cfg, (str, os.PathLike)):
+        text = os.fspath(cfg)
+        if text in list_presets():
+            data, origin = _with_base({"base": text}), f"preset {text}: "
+        elif Path(text).is_file():
+            data, origin = _with_base(_parse_yaml(Path(text).read_text(encoding="utf-8"), text)), f"{text}: "
+        elif text.endswith((".yaml", ".yml")) or os.sep in text:
+            raise FileNotFoundError(f"no configuration file {text!r}")
+        else:
+            presets = list_presets()
+            raise ConfigError(f"no preset {text!r}{nearest(text, presets)} Valid: {', '.join(presets)}, or a YAML path")
+    else:
+        raise TypeError(f"cfg is a preset's name, a path, a dict or a Config, not {type(cfg).__name__}")
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(origin + _explain(error, data)) from None

@@ -1,0 +1,1 @@
+"""Reduction methods: one file each; `METHOD` in it says what it can do."""

@@ -1,0 +1,92 @@
+"""Temporal segmentation: which runs of frames share so many tokens that one frame can stand for them.
+
+HoliTom (arXiv 2505.21334), global redundancy-aware temporal merging. Memory and time are O(T^2 + T N).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def pair_cosines(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine of every token with the token at the same position in the next frame.
+
+    Args:
+        x: [T, N, D].
+
+    Returns:
+        cosines [T-1, N] and norms [T, N], both float32 (float64 for float64); a zero vector has cosine 0.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    # Frame by frame, so that no float32 copy of all features is held; on a GPU the copies would be many launches.
+    step = x.shape[0] if x.is_cuda else 8
+    dots, norms = [], []
+    for start in range(0, x.shape[0], step):
+        part = x[start : start + step + 1].to(dtype)
+        norms.append(torch.linalg.vector_norm(part[:step], dim=-1))
+        dots.append(torch.einsum("tnd,tnd->tn", part[:-1], part[1:]))
+    norm = torch.cat(norms)
+    return torch.cat(dots) / (norm[:-1] * norm[1:]).clamp_min(1e-12), norm
+
+
+def run_lengths(static: Tensor) -> Tensor:
+    """For every pair of frames and position: how many static pairs in a row end here.
+
+    Args:
+        static: [P, N] bool, pair p joins frames p and p + 1.
+
+    Returns:
+        [P, N] int64, between 0 and p + 1.
+    """
+    pair = torch.arange(static.shape[0], device=static.device)[:, None]
+    last_change = torch.where(static, -1, pair).cummax(0).values if static.shape[0] else pair.expand_as(static)
+    return pair - last_change
+
+
+def window_counts(runs: Tensor) -> Tensor:
+    """How many positions are static through every window of frames.
+
+    Args:
+        runs: [P, N] int64 from `run_lengths`.
+
+    Returns:
+        [P, P + 2] int64: entry (e, w) counts the positions whose run ending at pair e is at least w pairs long.
+    """
+    pairs = runs.shape[0]
+    histogram = torch.zeros(pairs, pairs + 2, dtype=torch.long, device=runs.device)
+    histogram.scatter_add_(1, runs, torch.ones_like(runs))
+    return histogram.flip(1).cumsum(1).flip(1)
+
+
+def optimal_segments(counts: np.ndarray, max_segment: int | None = None) -> tuple[list[tuple[int, int]], int]:
+    """The segmentation that lets temporal merging remove the most tokens (global optimum, dynamic programme).
+
+    A segment of w > 1 frames in which `c` positions never change removes c (w - 1) tokens.
+
+    Args:
+        counts: [T-1, T+1] integers from `window_counts`.
+        max_segment: longest segment in frames; None for no limit.
+
+    Returns:
+        first and last frame of each segment, in time order, and R, the tokens removed. Among equal optima the last
+        segment is as short as possible.
+    """
+    frames = counts.shape[0] + 1
+    best = np.zeros(frames + 1, dtype=np.int64)  # best[i]: most tokens removed from the first i frames
+    start = np.arange(-1, frames, dtype=np.int64)  # start[i]: first frame of the segment that ends at frame i - 1
+    for i in range(2, frames + 1):
+        longest = i if max_segment is None else min(i, max_segment)
+        window = np.arange(2, longest + 1)
+        gain = best[i - window] + counts[i - 2, window - 1] * (window - 1)
+        best[i] = best[i - 1]
+        top = int(gain.argmax()) if gain.size else 0  # the first of equals: the shortest window
+        if gain.size and gain[top] > best[i]:
+            best[i], start[i] = gain[top], i - window[top]
+    segments: list[tuple[int, int]] = []
+    end = frames
+    while end > 0:
+        segments.append((int(start[end]), end - 1))
+        end = int(start[end])
+    return segments[::-1], int(best[frames])

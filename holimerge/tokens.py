@@ -1,0 +1,143 @@
+"""What goes into a reduction and what comes out: a video's tokens and the merge record."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class VideoTokens:
+    """One video's tokens as the decision sees them.
+
+    features: [T, N, D], any float dtype; N tokens per frame in raster order.
+    scores: [T, N] float32, attention each token received in the vision tower; None where a method needs none.
+    """
+
+    features: Tensor
+    scores: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Target:
+    """The budget for one video of `total` = T N tokens.
+
+    tokens: K, the count to keep.
+    share: the same as a share of the total (the authors' rule works from the share).
+    exact: K exactly, or the authors' rounding of the share.
+    """
+
+    tokens: int
+    share: float
+    exact: bool = True
+
+
+@dataclass(frozen=True)
+class MergeRecord:
+    """Which original token went where, and with what weight.
+
+    Original tokens are numbered in raster order, frame by frame: token (t, n) is t N + n. The K kept tokens are
+    numbered in the order in which they enter the LLM.
+
+    frames, per_frame: T and N.
+    assignment: [T N] int64, the kept token that holds each original token, -1 if none does.
+    weight: [T N] float32 (float64 for float64 features), its weight there; the weights of one kept token sum to one.
+    anchor: [K] int64, the original token in whose place (frame and position) each kept token stands.
+    members: how many original tokens are held by some kept token.
+    segments: first and last frame of each temporal segment.
+    temporal: R, the tokens that temporal merging alone removed.
+    clustered: sizes of the static sets that density-peak clustering worked on, in time order.
+    """
+
+    frames: int
+    per_frame: int
+    assignment: Tensor
+    weight: Tensor
+    anchor: Tensor
+    members: int
+    segments: tuple[tuple[int, int], ...] = ()
+    temporal: int = 0
+    clustered: tuple[int, ...] = ()
+
+    @property
+    def kept(self) -> int:
+        """K, the number of kept tokens."""
+        return self.anchor.shape[0]
+
+    @property
+    def total(self) -> int:
+        """T N, the number of original tokens."""
+        return self.frames * self.per_frame
+
+    @cached_property
+    def slots(self) -> Tensor:
+        """[K] int64, ascending: the placeholders the kept tokens take, in sequence order.
+
+        Equal to `anchor` in raster order. In segment order the k-th token of the sequence takes the k-th place.
+        """
+        return self.anchor.sort().values
+
+    @cached_property
+    def sizes(self) -> Tensor:
+        """[K] int64: how many original tokens each kept token holds."""
+        held = self._grouped[0]
+        counts = torch.zeros(self.kept, dtype=torch.long, device=self.anchor.device)
+        return counts.scatter_add_(0, self.assignment[held], torch.ones_like(held))
+
+    @cached_property
+    def _grouped(self) -> tuple[Tensor, Tensor]:
+        # held tokens grouped by the kept token that holds them; the stable sort keeps time order inside a group
+        order = self.assignment.argsort(stable=True)
+        held = order[self.total - self.members :]
+        return held, self.weight[held]
+
+    def merge(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Merge any per-token tensor exactly as the tokens were merged.
+
+        Args:
+            x: [T N, ...] float, one row per original token (or any rows, if `rows` names them).
+            rows: [T N] int64, the row of `x` that belongs to each original token.
+
+        Returns:
+            [K, ...] in x's dtype; sums are formed in float32 (float64 for float64). Deterministic: the rows of a group
+            are added in time order.
+        """
+        held, weight = self._grouped
+        source = held if rows is None else rows[held]
+        flat = x.reshape(x.shape[0], -1)
+        if flat.dtype not in (torch.float32, torch.float64):
+            flat, source = flat[source].float(), torch.arange(self.members, device=x.device)
+        starts = self.sizes.cumsum(0) - self.sizes
+        merged = torch.nn.functional.embedding_bag(
+            source, flat, starts, mode="sum", per_sample_weights=weight.to(flat.dtype)
+        )
+        return merged.to(x.dtype).reshape(self.kept, *x.shape[1:])
+
+    def kept_per_frame(self) -> list[int]:
+        """Kept tokens that stand in each frame, T numbers that sum to K."""
+        frame = self.anchor // self.per_frame
+        return torch.bincount(frame, minlength=self.frames).tolist()
+
+    def to(self, device: torch.device | str) -> MergeRecord:
+        """The same record on another device."""
+        return MergeRecord(
+            self.frames,
+            self.per_frame,
+            self.assignment.to(device),
+            self.weight.to(device),
+            self.anchor.to(device),
+            self.members,
+            self.segments,
+            self.temporal,
+            self.clustered,
+        )
+
+
+def keep_everything(frames: int, per_frame: int, device: torch.device | str = "cpu") -> MergeRecord:
+    """The record that changes nothing: every token kept, by itself, in raster order."""
+    total = frames * per_frame
+    index = torch.arange(total, device=device)
+    return MergeRecord(frames, per_frame, index, torch.ones(total, device=device), index, total)
