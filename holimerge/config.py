@@ -128,12 +128,14 @@ class Config(Section):
     budget: None for a method that keeps all tokens.
     outer: the method's options (None for a method that has none).
     inner: None for no merging inside the LLM.
+    chunk_frames: temporal steps per call of the vision tower, for long videos; None for one call.
     """
 
     method: str
     budget: Budget | None = None
     outer: SerializeAsAny[OuterOptions] | None = None
     inner: Inner | None = None
+    chunk_frames: int | None = Field(None, ge=1)
 
     @field_validator("method")
     @classmethod
@@ -161,6 +163,8 @@ class Config(Section):
         method = method_module(self.method).METHOD
         if method.options is None and self.budget is not None:
             raise ValueError(f"budget: method {self.method} keeps every token and takes no budget")
+        if method.options is None and self.chunk_frames is not None:
+            raise ValueError(f"chunk_frames: method {self.method} makes the stock call of the tower, in one piece")
         if method.options is not None and self.budget is None:
             raise ValueError(
                 f"budget: method {self.method} needs one, e.g. {{retain: 0.1}}, {{tokens: 640}} or {{flops: 0.1}}"
@@ -245,7 +249,8 @@ def _known_keys(path: tuple[Any, ...], method: Any) -> list[str]:
         if method in list_methods():
             options = method_module(method).METHOD.options
         return list(options.model_fields) if options is not None else []
-    section = {"budget": Budget, "inner": Inner}.get(str(path[0]))
+    sections: dict[str, type[BaseModel]] = {"budget": Budget, "inner": Inner}
+    section = sections.get(str(path[0]))
     return list(section.model_fields) if section else []
 
 

@@ -1,0 +1,55 @@
+"""Attention scores from queries and keys, without asking the model for attention weights.
+
+The user's attention implementation stays as it is, and no [frames, heads, N, N] tensor is held.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_CHUNK_BYTES = 128 * 2**20
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of the half-split kind. x: [..., d]; cos, sin: broadcastable to it."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def received_attention(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """Softmax attention each key receives, averaged over heads and queries of its frame.
+
+    Args:
+        q, k: [F, heads, P, d], the vision layer's own queries and keys of F frames (rotated where the tower does).
+        scale: the layer's softmax scale.
+
+    Returns:
+        [F, P] float32; each frame's values sum to one.
+    """
+    frames, heads, tokens, _ = q.shape
+    step = max(1, _CHUNK_BYTES // (heads * tokens * tokens * 4))
+    parts = []
+    for start in range(0, frames, step):
+        logits = (q[start : start + step] * scale) @ k[start : start + step].mT
+        parts.append(torch.softmax(logits, dim=-1, dtype=torch.float32).mean(dim=(1, 2)))
+    return torch.cat(parts)
+
+
+def query_attention(q: Tensor, keys: Tensor, allowed: Tensor, scale: float) -> Tensor:
+    """Softmax attention of one query per row, averaged over heads: O(N).
+
+    Args:
+        q: [B, heads, d], rotated.
+        keys: [B, kv_heads, L, d], rotated (the cache's); grouped-query attention where kv_heads < heads.
+        allowed: [B, L] bool, keys this query may see.
+        scale: the layer's softmax scale.
+
+    Returns:
+        [B, L] float32, 0 where not allowed.
+    """
+    batch, kv_heads, _, width = keys.shape
+    grouped = q.view(batch, kv_heads, -1, width)
+    logits = (grouped.float() @ keys.float().mT) * scale
+    logits = logits.masked_fill(~allowed[:, None, None, :], -torch.inf)
+    return torch.softmax(logits, dim=-1).mean(dim=(1, 2))

@@ -1,0 +1,66 @@
+"""The state of one forward, and how the hooks of one thread find it."""
+
+from __future__ import annotations
+
+import inspect
+from contextvars import ContextVar, Token
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from .report import Report
+from .tokens import MergeRecord
+
+if TYPE_CHECKING:
+    from .handle import Handle
+    from .inner_stage import InnerRun
+    from .splice import Continuation, Packing
+
+
+@dataclass
+class Call:
+    """One forward of one patched model, from its first hook to its last.
+
+    opener: the module whose hook opened it and will close it.
+    seen: tokens the caller counts in the cache.
+    """
+
+    handle: Handle
+    opener: nn.Module
+    token: Token[Call | None] | None = None
+    labels: Tensor | None = None
+    has_video: bool = False
+    video_mask: Tensor | None = None
+    input_ids: Tensor | None = None
+    inputs_embeds: Tensor | None = None
+    attention_mask: Tensor | None = None
+    seen: int = 0
+    reductions: list[MergeRecord] | None = None
+    report: Report | None = None
+    packing: Packing | None = None
+    continuation: Continuation | None = None
+    inner: InnerRun | None = None
+
+
+@dataclass
+class Prompt:
+    """The arguments of a running `generate`, for videos that are encoded before the first forward."""
+
+    handle: Handle
+    input_ids: Tensor | None
+    inputs_embeds: Tensor | None
+    attention_mask: Tensor | None
+    seen: int
+
+
+CALL: ContextVar[Call | None] = ContextVar("holimerge_call", default=None)
+PROMPT: ContextVar[Prompt | None] = ContextVar("holimerge_prompt", default=None)
+
+
+def by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a forward by name."""
+    if not args:
+        return kwargs
+    names = list(inspect.signature(module.forward).parameters)
+    return {**dict(zip(names, args, strict=False)), **kwargs}

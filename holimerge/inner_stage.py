@@ -1,0 +1,299 @@
+"""Where the inner merge sits in a decoder: hooks on layer k - 1's attention and on layers k and above."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers.masking_utils import create_causal_mask
+
+from .attention import query_attention
+from .cache import CacheState, cache_state, held_length
+from .config import ConfigError, Inner
+from .inner import choose_owners, merge_owned
+from .splice import continued_mask, extended, joined, right_aligned
+
+if TYPE_CHECKING:
+    from .call import Call
+    from .handle import Handle
+
+
+@dataclass
+class InnerRun:
+    """The inner merge of one prefill.
+
+    query: [B] int64, the packed column whose attention ranks the video tokens.
+    scores: [B, P] float32, filled at layer k - 1.
+    index, real: [B, P'] columns of the packing that go on above layer k (None: all).
+    owners: per row, the owner of each entering video token.
+    """
+
+    query: Tensor
+    layer: int
+    cache: Cache | None
+    prior: Tensor | None = None
+    prior_padded: bool = False
+    held: int = 0
+    scores: Tensor | None = None
+    index: Tensor | None = None
+    real: Tensor | None = None
+    padded: bool = False
+    owners: list[Tensor] = field(default_factory=list)
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    def state_after(self, state: CacheState) -> CacheState:
+        """The cache's state with the shorter upper layers in it."""
+        if self.real is None:
+            return replace(state, inner_layer=self.layer, inner_mask=state.mask, inner_padded=state.padded)
+        mask = joined(self.prior, self.real, self.held)
+        return replace(state, inner_layer=self.layer, inner_mask=mask, inner_padded=self.padded)
+
+
+class InnerStage:
+    """The inner merge of one patched model."""
+
+    def __init__(self, handle: Handle, options: Inner) -> None:
+        self.handle, self.options = handle, options
+        config: Any = handle.lm.config
+        self.layers: Any = handle.lm.layers
+        self.layer = options.resolve(len(self.layers))
+        types = getattr(config, "layer_types", None) or []
+        wrong = sorted({t for t in types[self.layer - 1 :] if t != "full_attention"})
+        if wrong:
+            raise ConfigError(
+                f"inner.layer: layers {self.layer - 1} and above of this model use {', '.join(wrong)}; "
+                "the inner merge needs full attention there"
+            )
+        if (getattr(handle.model, "_tp_size", None) or 1) > 1:
+            raise ConfigError(
+                "inner: the model runs tensor-parallel, where each rank sees its own heads and would choose other "
+                "tokens; remove the inner block or load the model without a tensor-parallel plan"
+            )
+
+    def attach(self) -> list[Any]:
+        """Set the hooks and return them."""
+        before = self.layers[self.layer - 1].self_attn
+        hooks = [before.register_forward_hook(self._score, with_kwargs=True)]
+        hooks += [
+            layer.register_forward_pre_hook(self._enter_layer, with_kwargs=True) for layer in self.layers[self.layer :]
+        ]
+        return hooks
+
+    def begin(self, call: Call) -> None:
+        """Before the language model runs on a packed prompt: find the query.
+
+        Raises:
+            ValueError: labels are given and a row with a video has no answer token, or a video stands after it.
+        """
+        packing = call.packing
+        assert packing is not None
+        query = _last(packing.real)
+        if call.labels is not None:
+            query = self._before_answer(call, call.labels.to(packing.real.device))
+        cache = packing.cache
+        state = cache_state(cache)
+        held = held_length(cache, self.layer)
+        prior, padded = packing.prior, packing.prior_padded
+        if state is not None and state.inner_mask is not None:
+            prior, padded = extended(state.inner_mask, held), state.inner_padded
+        call.inner = InnerRun(query, self.layer, cache, prior, padded, held)
+
+    def _before_answer(self, call: Call, labels: Tensor) -> Tensor:
+        packing = call.packing
+        assert packing is not None
+        answer = labels != -100
+        first = answer.long().argmax(1)
+        with_video = torch.tensor([n > 0 for n in packing.counts], device=labels.device)
+        for row in (with_video & (~answer.any(1) | (first == 0))).nonzero().flatten().tolist():
+            raise ValueError(
+                f"labels: row {row} has no answer token after its prompt (every label is -100, or the first is at 0), "
+                "so the inner merge has no query; give labels, or none at all"
+            )
+        late = packing.video & (packing.index >= first[:, None])
+        for row in (with_video & late.any(1)).nonzero().flatten().tolist():
+            raise ValueError(f"labels: row {row} has video tokens after its first answer token")
+        asked = _last(packing.real & (packing.index < first[:, None]))
+        return torch.where(with_video, asked, _last(packing.real))
+
+    # ------------------------------------------------------------------ hooks
+
+    def _score(self, attention: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        call = self.handle.current()
+        if call is None or call.inner is None or call.packing is None or self.handle.replay is not None:
+            return
+        run, packing = call.inner, call.packing
+        hidden = args[0] if args else kwargs["hidden_states"]
+        batch, width, depth = hidden.shape
+        query, real = run.query.to(hidden.device), packing.real.to(hidden.device)
+        cos, sin = (_for_rows(x, batch) for x in kwargs["position_embeddings"])
+        here = query[:, None]
+        at_query = hidden.gather(1, here[..., None].expand(-1, -1, depth)).squeeze(1)
+        q = self.handle.family.query(attention, at_query, *(_take(x, here).squeeze(-2) for x in (cos, sin)))
+        cache = packing.cache
+        held = held_length(cache, self.layer - 1) - width if cache is not None else 0
+        store: Any = cache.layers[self.layer - 1] if cache is not None else None
+        if type(store) in (DynamicLayer, StaticLayer):
+            keys = store.keys[:, :, : held + width].to(hidden.device)
+        else:  # no cache, or one whose keys cannot be read
+            if held:
+                raise ValueError(
+                    f"the inner merge cannot read the keys of a {type(store).__name__} in a later turn; "
+                    "use a dynamic or static cache, or a configuration without an inner block"
+                )
+            keys = self.handle.family.keys(attention, hidden, cos, sin)
+        column = torch.arange(held + width, device=hidden.device)
+        allowed = joined(packing.prior, real, held) & (column <= held + here)
+        run.scores = query_attention(q, keys, allowed, attention.scaling)[:, held:]
+
+    def _enter_layer(self, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        call = self.handle.current()
+        if call is None:
+            return None
+        first = layer is self.layers[self.layer]
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if call.inner is not None:
+            if first:
+                assert call.report is not None
+                with call.report.clock.stage("inner", hidden.device), torch.no_grad():
+                    owners = self._owners(call, hidden)
+                hidden = self._merge(call, hidden, owners, kwargs)
+            return (hidden, *args[1:]), {**kwargs, **_on(call.inner.arguments, hidden.device)}
+        step = call.continuation
+        if step is None or step.state.inner_layer is None:
+            return None
+        # The language model built one mask for all layers from layer 0's length; these layers hold fewer entries.
+        if first:
+            needed = kwargs.get("attention_mask") is not None or step.state.inner_padded
+            mask = None
+            if needed:
+                cache = kwargs["past_key_values"]
+                inner_mask = step.state.inner_mask
+                assert inner_mask is not None
+                held = held_length(cache, self.layer)
+                flat = continued_mask(inner_mask.to(hidden.device), step.new, held, step.length)
+                plain = not step.state.inner_padded and step.new is None
+                mask = self._causal(hidden, None if plain else flat, cache)
+            step.arguments = {"attention_mask": mask, "position_ids": None} if needed else {}
+        return args, {**kwargs, **_on(step.arguments, hidden.device)}
+
+    # ------------------------------------------------------------------ the merge
+
+    def _owners(self, call: Call, hidden: Tensor) -> Tensor | None:
+        """[B, V] int64, the owner of every entering video token; None if nothing goes."""
+        packing, run, replay = call.packing, call.inner, self.handle.replay
+        assert packing is not None
+        assert run is not None
+        most = max(packing.counts)
+        device = hidden.device
+        if replay is not None and replay.inner is not None:
+            owners = torch.arange(most, device=device).repeat(len(packing.counts), 1)
+            for row, owner in enumerate(replay.inner):
+                if owner.shape[0] != packing.counts[row]:
+                    raise ValueError(
+                        f"the replayed selection has {owner.shape[0]} video tokens in row {row}, "
+                        f"the prompt {packing.counts[row]}"
+                    )
+                owners[row, : owner.shape[0]] = owner.to(device)
+            return owners
+        keep = [self.options.keep(n) for n in packing.counts]
+        if keep == packing.counts:
+            return None
+        assert run.scores is not None
+        where = _columns(packing.video.to(device), most)
+        states = hidden.detach().gather(1, where[..., None].expand(-1, -1, hidden.shape[-1]))
+        return choose_owners(
+            states,
+            run.scores.gather(1, where),
+            torch.tensor(packing.counts, device=device),
+            torch.tensor(keep, device=device),
+            max(keep),
+        )
+
+    def _merge(self, call: Call, hidden: Tensor, owners: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
+        packing, run = call.packing, call.inner
+        assert packing is not None
+        assert run is not None
+        counts = packing.counts
+        if owners is None:
+            run.owners = [torch.arange(n, device=hidden.device) for n in counts]
+            run.arguments = {}
+            return hidden
+        run.owners = [owners[row, :n] for row, n in enumerate(counts)]
+        assert call.report is not None
+        device = hidden.device
+        with call.report.clock.stage("inner", device):
+            batch, _, depth = hidden.shape
+            most = owners.shape[1]
+            position = torch.arange(most, device=device)
+            where = _columns(packing.video.to(device), most)
+            states = hidden.gather(1, where[..., None].expand(-1, -1, depth))
+            sizes = packing.sizes.to(device).gather(1, where)
+            states = merge_owned(states, sizes, owners, self.options.merge)
+            # rows of padding in `where` are written back as they were
+            hidden = hidden.scatter(1, where[..., None].expand(-1, -1, depth), states)
+            leaving = (owners != position) & (position < torch.tensor(counts, device=device)[:, None])
+            gone = torch.zeros_like(packing.real, device=device).scatter(1, where, leaving)
+            keep = packing.real.to(device) & ~gone
+            lengths = (
+                [n - (v - self.options.keep(v)) for n, v in zip(packing.lengths, counts, strict=True)]
+                if self.handle.replay is None
+                else keep.sum(1).tolist()
+            )
+            width = max(lengths)
+            run.index = right_aligned(keep, width)
+            run.real = keep.gather(1, run.index)
+            run.padded = run.prior_padded or min(lengths) < width
+            hidden = hidden.gather(1, run.index[..., None].expand(-1, -1, depth))
+            cos, sin = (_take(_for_rows(x, batch), run.index) for x in kwargs["position_embeddings"])
+            flat = joined(run.prior, run.real, run.held) if run.padded else None
+            run.arguments = {
+                "position_embeddings": (cos, sin),
+                "attention_mask": self._causal(hidden, flat, run.cache),
+                "position_ids": None,  # only flash attention reads them, to find packed sequences
+            }
+        return hidden
+
+    def _causal(self, hidden: Tensor, mask: Tensor | None, cache: Cache | None) -> Any:
+        return create_causal_mask(
+            config=self.handle.lm.config,
+            inputs_embeds=hidden,
+            attention_mask=mask,
+            past_key_values=cache,
+            layer_idx=self.layer,
+        )
+
+
+def _last(flags: Tensor) -> Tensor:
+    """[B] int64: the last column that is true."""
+    return flags.long().cumsum(1).argmax(1)
+
+
+def _columns(flags: Tensor, most: int) -> Tensor:
+    """[B, most] int64: the columns that are true, in order; then others."""
+    return (~flags).long().argsort(dim=1, stable=True)[:, :most]
+
+
+def _for_rows(x: Tensor, batch: int) -> Tensor:
+    """A rotary table [..., 1 or B, L, d] for B rows."""
+    return x.expand(*x.shape[:-3], batch, -1, -1)
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of a table [..., B, L, d] by column index [B, P]."""
+    where = index.to(x.device)[..., None].expand(-1, -1, x.shape[-1])
+    return x.gather(-2, where.expand(*x.shape[:-3], -1, -1, -1))
+
+
+def _on(arguments: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """The same arguments on a layer's device."""
+
+    def move(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(move(v) for v in value)
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    return {name: move(value) for name, value in arguments.items()}

@@ -1,0 +1,351 @@
+"""Taking dropped tokens out of a batch of sequences and putting outputs back in their places.
+
+Rows of a batch lose different numbers of tokens. The kept ones are packed to the right (left padding), with their
+positions and masks; the language model's output is scattered back to the caller's length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from .cache import CacheState, cache_state, held_length, set_cache_state
+from .tokens import MergeRecord
+
+if TYPE_CHECKING:
+    from .call import Call
+
+
+@dataclass
+class Packing:
+    """A packed batch.
+
+    index: [B, P] int64, the caller's column of every packed entry; padding names columns that nobody kept.
+    real: [B, P] bool, entries that are tokens.
+    lengths: tokens in each row, on the host.
+    moved: whether entries left their columns (else `index` is the identity).
+    arguments: what the language model gets in place of the caller's arguments.
+    prior: [B, C] bool or None, the cache's entries that are tokens (None: all of them, or no cache).
+    prior_padded: whether `prior` has a False.
+    state: what to leave in the cache after the forward.
+    video: [B, P] bool, entering video tokens, separators excluded; counts: their number in each row, on the host.
+    sizes: [B, P] float32, how many original tokens each entry holds (1 for text).
+    """
+
+    index: Tensor
+    real: Tensor
+    lengths: list[int]
+    moved: bool
+    arguments: dict[str, Any]
+    cache: Cache | None
+    prior: Tensor | None
+    prior_padded: bool
+    state: CacheState
+    video: Tensor
+    counts: list[int]
+    sizes: Tensor
+
+    @property
+    def padded(self) -> bool:
+        """Whether a row has padding, here or in the cache."""
+        return self.prior_padded or min(self.lengths) < self.real.shape[1]
+
+
+@dataclass
+class Continuation:
+    """A forward over a shortened cache.
+
+    new: [B, L] bool or None (all tokens), which new entries are tokens.
+    arguments: what the layers from the inner merge's on get, built at the first of them.
+    """
+
+    state: CacheState
+    new: Tensor | None
+    length: int
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+def right_aligned(keep: Tensor, width: int) -> Tensor:
+    """[B, width] int64: the columns of the kept entries in order, at the right; others in order before them."""
+    return keep.long().argsort(dim=1, stable=True)[:, keep.shape[1] - width :]
+
+
+def token_mask(mask: Any, batch: int, length: int, cache: Cache | None, device: torch.device) -> Tensor:
+    """[B, S] bool: the columns of the caller's mask (S = length if there is none), whatever form it has.
+
+    Raises:
+        ValueError: a custom 4-D mask, which cannot be shortened.
+    """
+    if isinstance(mask, dict):
+        mask = next(iter(mask.values()))
+    if mask is None:
+        return torch.ones(batch, length, dtype=torch.bool, device=device)
+    if mask.ndim == 2:
+        return mask.to(device).bool().expand(batch, -1)
+    if cache is None or not cache.is_compileable:
+        raise ValueError(
+            f"a custom attention mask of shape {tuple(mask.shape)} cannot be shortened with the sequence; "
+            "pass the 2-D padding mask"
+        )
+    # prepared by `generate` for a static cache: its last query sees every token there is
+    seen = mask[:, 0, -1, :length]
+    seen = seen if seen.dtype == torch.bool else seen == 0
+    return seen.to(device).expand(batch, -1)
+
+
+def _prior(cache: Cache | None, state: CacheState | None, mask: Tensor, length: int) -> tuple[Tensor | None, bool]:
+    """Which of the cache's entries are tokens, and whether some are not."""
+    held = held_length(cache)
+    if held == 0:
+        return None, False
+    if state is not None:
+        return extended(state.mask, held), state.padded
+    if mask.shape[1] < held + length:
+        return None, False
+    prior = mask[:, -held - length : -length]
+    return prior, not bool(prior.all())
+
+
+def extended(mask: Tensor, width: int) -> Tensor:
+    """A mask of a cache's first entries, extended by later ones (all tokens) to `width`, or cut to it."""
+    missing = width - mask.shape[1]
+    if missing <= 0:
+        return mask[:, :width]
+    return torch.cat([mask, mask.new_ones(mask.shape[0], missing)], dim=1)
+
+
+def joined(prior: Tensor | None, real: Tensor, held: int) -> Tensor:
+    """[B, held + P] bool: the cache's entries and the new ones."""
+    if held == 0:
+        return real
+    if prior is None:
+        prior = real.new_ones(real.shape[0], held)
+    return torch.cat([prior.to(real.device), real], dim=1)
+
+
+def placeholder_values(records: list[MergeRecord], separators: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Per placeholder, in the order of all videos: how many original tokens it holds, and where its anchor stands.
+
+    Returns:
+        sizes [M] float32 (0 for a dropped token, -1 for a separator) and offset [M] int64, from the placeholder a token
+        takes to that of its anchor (not 0 only in segment order).
+    """
+    sizes, offsets = [], []
+    for record in records:
+        size = torch.zeros(record.total + separators, device=device)
+        offset = torch.zeros(record.total + separators, dtype=torch.long, device=device)
+        slots, anchor = record.slots.to(device), record.anchor.to(device)
+        size[slots] = record.sizes.to(device, size.dtype)
+        size[record.total :] = -1
+        offset[slots] = anchor - slots
+        sizes.append(size)
+        offsets.append(offset)
+    return torch.cat(sizes), torch.cat(offsets)
+
+
+def pack(call: Call, kwargs: dict[str, Any], cache: Cache | None) -> Packing | None:
+    """Pack the arguments of the language model; None if they can stay as they are.
+
+    Args:
+        call: the running call; its videos' features are in `inputs_embeds`, dropped rows marked by NaN.
+        kwargs: the language model's arguments.
+        cache: the cache it will write to.
+    """
+    handle = call.handle
+    embeds: Tensor = kwargs["inputs_embeds"]
+    batch, length, _ = embeds.shape
+    device = embeds.device
+    state = cache_state(cache)
+    assert call.video_mask is not None
+    placeholder = call.video_mask.to(device)
+    columns = token_mask(kwargs.get("attention_mask"), batch, length, cache, device)
+    valid = columns[:, -length:]
+    marked = placeholder & embeds[..., 0].isnan()
+    keep = valid & ~marked
+    dropped = valid & marked
+
+    sizes = torch.ones(batch, length, device=device)
+    offset = torch.zeros(batch, length, dtype=torch.long, device=device)
+    if call.reductions is not None:
+        size, shift = placeholder_values(call.reductions, handle.family.separators, device)
+        sizes, offset = sizes.masked_scatter(placeholder, size), offset.masked_scatter(placeholder, shift)
+    video = placeholder & keep & (sizes > 0)
+    # the one read of the device: how long the rows become, and how many video tokens they hold
+    lengths, gone, counts = torch.stack([keep.sum(1), dropped.sum(1), video.sum(1)]).tolist()
+
+    moved = any(gone) or handle.force_packing
+    if not moved and handle.inner is None and state is None:
+        return None
+    width = max(lengths) if any(gone) else length
+    index = right_aligned(keep, width) if moved else torch.arange(length, device=device).expand(batch, -1)
+    real = keep.gather(1, index)
+    prior, prior_padded = _prior(cache, state, columns, length)
+    held = held_length(cache)
+    padded = prior_padded or min(lengths) < width
+
+    arguments: dict[str, Any] = {}
+    if moved:
+        packed = embeds.gather(1, index[..., None].expand(-1, -1, embeds.shape[-1]))
+        # padding that stands for a dropped token holds NaN; other padding stays what it was
+        arguments["inputs_embeds"] = packed.masked_fill(marked.gather(1, index)[..., None], 0)
+    if any(gone) or state is not None:
+        # An explicit mask wherever there is no cache: without one, gapped positions would be read as packed sequences.
+        needed = padded or cache is None
+        arguments["attention_mask"] = joined(prior, real, held).long() if needed else None
+    positions, axis_shift = _positions(
+        call, kwargs.get("position_ids"), index, real, dropped, offset, state, held, prior
+    )
+    if positions is not None:
+        arguments["position_ids"] = positions
+
+    lost = torch.tensor(gone, device=device)
+    after = CacheState(
+        hidden=(state.hidden if state is not None else 0) + length - width,
+        mask=joined(prior, real, held),
+        padded=padded,
+        dropped=lost if state is None else lost + state.dropped.to(device),
+        axis_shift=axis_shift,
+    )
+    return Packing(
+        index=index,
+        real=real,
+        lengths=lengths,
+        moved=moved,
+        arguments=arguments,
+        cache=cache,
+        prior=prior,
+        prior_padded=prior_padded,
+        state=after,
+        video=video.gather(1, index),
+        counts=counts,
+        sizes=sizes.gather(1, index).clamp_min(1),
+    )
+
+
+def _positions(
+    call: Call,
+    given: Tensor | None,
+    index: Tensor,
+    real: Tensor,
+    dropped: Tensor,
+    offset: Tensor,
+    state: CacheState | None,
+    held: int,
+    prior: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Positions of the packed entries (None: the caller's, untouched), and how far mRoPE axes moved."""
+    contiguous = call.handle.contiguous
+    batch, length = dropped.shape
+    shift = state.axis_shift if state is not None else None
+    if state is None and not bool((index.shape[1] != length) or call.handle.force_packing):
+        return None, None
+    if given is None:
+        given = (torch.arange(length, device=index.device) + call.seen)[None]
+    given = given.to(index.device).expand(*given.shape[:-2], batch, length)
+
+    def taken(where: Tensor) -> Tensor:
+        return given.gather(-1, where.expand(*given.shape[:-2], -1, -1))
+
+    removed_before = dropped.long().cumsum(1).gather(1, index)
+    if state is not None:
+        removed_before = removed_before + state.dropped.to(index.device)[:, None]
+    if given.ndim == 2:
+        return (taken(index) - removed_before, None) if contiguous else (taken(index + offset.gather(1, index)), None)
+    # [3 or 4, B, L]: the first of four rows is the text position, which only tells packed sequences apart
+    original = taken(index if contiguous else index + offset.gather(1, index))
+    axes = original[-3:]
+    if contiguous and (removed_before.any() or shift is not None):
+        before = 0 if held == 0 else (held if prior is None else prior.sum(1, keepdim=True))
+        running = (real.long().cumsum(1) - 1 + before).clamp_min(0)
+        shift = axes[..., -1] - running[:, -1]
+        axes = running.expand_as(axes)
+    if given.shape[0] == 4:
+        axes = torch.cat([taken(index)[:1] - removed_before, axes])
+    return axes, shift
+
+
+def continue_over(call: Call, kwargs: dict[str, Any], state: CacheState) -> dict[str, Any]:
+    """The language model's arguments for a forward over a shortened cache (decoding, or a later turn of text)."""
+    embeds, cache, mask = kwargs["inputs_embeds"], kwargs["past_key_values"], kwargs.get("attention_mask")
+    length, device = embeds.shape[1], embeds.device
+    held = held_length(cache)
+    # a prepared mask or none comes from `generate`, whose new tokens are all real
+    new = mask[:, -length:].to(device).bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    if new is not None and length > 1 and bool(new.all()):
+        new = None
+    call.continuation = Continuation(state, new, length)
+    arguments = dict(kwargs)
+    arguments["attention_mask"] = (
+        None if not state.padded and new is None else continued_mask(state.mask.to(device), new, held, length).long()
+    )
+    positions = kwargs.get("position_ids")
+    dropped = state.dropped.to(device)[:, None]
+    if positions is None:
+        if call.handle.contiguous:
+            arguments["position_ids"] = torch.arange(length, device=device) + call.seen - dropped
+    elif positions.ndim == 2:
+        if call.handle.contiguous:
+            arguments["position_ids"] = positions - dropped
+    else:
+        axes = positions[-3:] if state.axis_shift is None else positions[-3:] - state.axis_shift.to(device)[..., None]
+        arguments["position_ids"] = axes if positions.shape[0] == 3 else torch.cat([positions[:1] - dropped, axes])
+    return arguments
+
+
+def continued_mask(mask: Tensor, new: Tensor | None, held: int, length: int) -> Tensor:
+    """[B, held + length] bool: a cache's entries and the new ones."""
+    if new is None:
+        return extended(mask, held + length)
+    return torch.cat([extended(mask, held), new], dim=1)
+
+
+def remember_continuation(call: Call, cache: Cache) -> None:
+    """After a forward whose new entries held padding: later forwards must know which."""
+    step = call.continuation
+    if step is None or step.new is None or step.length == 1:
+        return
+    state, new = step.state, step.new
+    held = held_length(cache) - step.length
+    inner = state.inner_mask
+    if inner is not None and state.inner_layer is not None:
+        below = held_length(cache, state.inner_layer) - step.length
+        inner = continued_mask(inner, new, below, step.length)
+    set_cache_state(
+        cache,
+        replace(
+            state,
+            mask=continued_mask(state.mask, new, held, step.length),
+            padded=True,
+            inner_mask=inner,
+            inner_padded=inner is not None,
+        ),
+    )
+
+
+def unpack(call: Call, output: Any) -> None:
+    """Put the language model's output back to the caller's length, and leave the state in the cache."""
+    packing = call.packing
+    assert packing is not None
+    assert call.video_mask is not None
+    index, real, state, moved = packing.index, packing.real, packing.state, packing.moved
+    run = call.inner
+    if run is not None and run.index is not None:
+        assert run.real is not None
+        index, real, moved = index.gather(1, run.index.to(index.device)), run.real.to(index.device), True
+    if run is not None:
+        state = run.state_after(state)
+    if moved:
+        hidden = output.last_hidden_state
+        index, real = index.to(hidden.device), real.to(hidden.device)
+        length = call.video_mask.shape[1]
+        if index.shape[1] != length:
+            hidden = hidden.masked_fill(~real[..., None], 0)
+        full = hidden.new_zeros(hidden.shape[0], length, hidden.shape[-1])
+        output.last_hidden_state = full.scatter(1, index[..., None].expand(-1, -1, hidden.shape[-1]), hidden)
+    nothing = state.hidden == 0 and state.inner_layer is None and cache_state(packing.cache) is None
+    if packing.cache is not None and not nothing:
+        set_cache_state(packing.cache, state)
