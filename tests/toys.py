@@ -54,7 +54,7 @@ def qwen_config(**text: Any) -> Qwen2_5_VLConfig:
         "depth": 3,
         "num_heads": 4,
         "intermediate_size": 40,
-        "out_hidden_size": TEXT["hidden_size"],
+        "out_hidden_size": text.get("hidden_size", TEXT["hidden_size"]),
         "patch_size": 4,
         "spatial_merge_size": 2,
         "temporal_patch_size": 2,
@@ -75,7 +75,13 @@ def qwen_config(**text: Any) -> Qwen2_5_VLConfig:
 
 
 def make_model(
-    family: str, *, attn: str = "sdpa", dtype: torch.dtype = torch.float32, seed: int = 0, **text: Any
+    family: str,
+    *,
+    attn: str = "sdpa",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    gain: float = 1.0,
+    **text: Any,
 ) -> Any:
     """A tiny model of a family with random weights, large enough for scores to differ."""
     torch.manual_seed(seed)
@@ -86,7 +92,10 @@ def make_model(
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.ndim > 1 or "newline" in name:
-                p.copy_(torch.randn(p.shape) * 0.12)
+                # wider layers get smaller weights, so that activations keep their size
+                p.copy_(torch.randn(p.shape) * 0.12 * (32 / max(32, p.shape[-1])) ** 0.5)
+                if "language_model" in name:
+                    p.mul_(gain)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = PAD
     # a random model would otherwise write placeholders, which no forward without a cache can read back
