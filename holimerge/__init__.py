@@ -9,6 +9,7 @@ from .api import last_report, merging, patch_model, unpatch_model
 from .config import Config, ConfigError, load_config
 from .registry import list_families, list_methods, list_presets
 from .report import Report, Selection, VideoReport
+from .scoring import score_options
 
 __version__ = "0.1.0"
 
@@ -26,5 +27,6 @@ __all__ = [
     "load_config",
     "merging",
     "patch_model",
+    "score_options",
     "unpatch_model",
 ]

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from holimerge.eval.authors_procedure import authors_outer
 from oracle import (
     OracleResult,
     cosine,
@@ -26,6 +25,8 @@ from oracle import (
     static_flags,
     static_positions,
 )
+
+from holimerge.eval.authors_procedure import authors_outer
 
 TAU = 0.8
 KINDS = ("mixed", "static", "different", "ties", "cuts")
