@@ -25,7 +25,7 @@ DEFAULT_TEMPLATES = {
     "llava_onevision": (
         "{% for message in messages %}<|im_start|>{{ message['role'] }} "
         "{% for part in message['content'] if part['type'] == 'video' %}<video>{% endfor %}"
-        "{% for part in message['content'] if part['type'] == 'text' %}\n{{ part['text'] }}{% endfor %}<|im_end|>"
+        "{% for part in message['content'] if part['type'] == 'text' %}{{ '\n' + part['text'] }}{% endfor %}<|im_end|>"
         "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     ),
     "qwen2_5_vl": (
@@ -151,14 +151,14 @@ def collate(rows: Sequence[Mapping[str, Tensor]], pad_token_id: int) -> dict[str
     """
     if not rows:
         raise ValueError("collate needs at least one row")
+    if len({"mm_token_type_ids" in row for row in rows}) > 1:
+        raise ValueError("the rows come from different model families: some have mm_token_type_ids, some have not")
     width = max(row["input_ids"].shape[1] for row in rows)
     fills = {"input_ids": pad_token_id, "attention_mask": 0, "mm_token_type_ids": 0}
     batch: dict[str, Tensor] = {}
     for key in dict.fromkeys(key for row in rows for key in row):
         parts = [row[key] for row in rows if key in row]
         if key in fills:
-            if len(parts) < len(rows):
-                raise ValueError(f"some rows have {key} and some have not: they belong to different model families")
             parts = [torch.nn.functional.pad(p, (width - p.shape[1], 0), value=fills[key]) for p in parts]
         elif len({p.shape[1:] for p in parts}) > 1:
             shapes = ", ".join(str(list(p.shape)) for p in parts)

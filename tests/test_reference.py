@@ -66,8 +66,9 @@ def received_by_hand(model: Any, family: str, x: dict[str, torch.Tensor]) -> np.
 def reduce_by_hand(model: Any, family: str, x: dict[str, torch.Tensor], **rules: Any) -> tuple[Any, torch.Tensor]:
     core = model.model
     if family == "llava_onevision":
-        features = core.get_video_features(x["pixel_values_videos"]).pooler_output[0, :-1]
         frames = x["pixel_values_videos"].shape[1]
+        # without the newline, which older versions of transformers append later
+        features = core.get_video_features(x["pixel_values_videos"]).pooler_output[0, : frames * 16]
     else:
         features = core.get_video_features(x["pixel_values_videos"], x["video_grid_thw"]).pooler_output[0]
         frames = int(x["video_grid_thw"][0, 0])

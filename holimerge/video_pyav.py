@@ -1,0 +1,337 @@
+"""Exact frames from a video file with PyAV: a table of every frame's time stamp, then seeks to the frames asked for.
+
+How a frame is found. The packets are read once without decoding (`FrameTable`), which gives the number of frames and
+every presentation time, also for files of variable frame rate and for containers that do not store a frame count.
+For each wanted frame the reader goes back to the last key frame shown at or before it, unless decoding has already
+passed that key frame, and decodes until the frame with exactly that time stamp comes out. Where the packets cannot be
+trusted to be frames (old containers, pictures that a decoder drops after a seek), all frames are decoded and counted
+instead: slower, never a neighbouring frame in place of the right one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from .video_container import ends_early
+
+# One packet is one shown frame with a presentation time here; elsewhere frames are counted by decoding.
+_INDEXED_CONTAINERS = {"mov", "mp4", "matroska", "webm"}
+_INDEXED_CODECS = {"h264", "hevc", "vvc", "av1", "vp9", "mjpeg", "prores", "dnxhd", "ffv1", "png", "rawvideo"}
+_INDEXED_CODECS |= {"libdav1d", "libaom-av1", "libvpx-vp9"}  # FFmpeg names decoders, not formats
+
+
+def import_av() -> ModuleType:
+    """Import PyAV, or say how to install it."""
+    try:
+        import av
+    except ImportError as error:
+        raise ImportError('reading and writing video files needs PyAV: pip install "av>=14"') from error
+    return av
+
+
+class TableMismatchError(Exception):
+    """The decoder did not give the frame that the packet table promised: count the frames by decoding instead."""
+
+
+@dataclass(frozen=True, eq=False)
+class FrameTable:
+    """Every frame of a file in the order shown.
+
+    Attributes:
+        pts: int64 `[n]` presentation times in stream ticks, strictly increasing.
+        keys: int64 `[k]` sorted presentation times of the key frames, those outside an edit list included.
+        seconds: float64 `[n]` seconds since the first frame.
+        duration: seconds from the first frame's start to the last frame's end; None where nothing tells.
+        fps: mean frames a second, or None where nothing tells.
+        counted: True if the frames were counted by decoding, so that they must be read in sequence.
+        closed: True if the packets show that no frame needs pictures from before its key frame (closed GOPs).
+    """
+
+    pts: np.ndarray
+    keys: np.ndarray
+    seconds: np.ndarray
+    duration: float | None
+    fps: float | None
+    counted: bool
+    closed: bool = False
+
+
+class VideoFile:
+    """An open video file; use it as a context manager.
+
+    Args:
+        path: the file.
+
+    Raises:
+        ValueError: not a video, no video stream, or a file that ends too early.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._av = import_av()
+        self._open()
+
+    def _open(self) -> None:
+        try:
+            self._container = self._av.open(self.path)
+        except PermissionError:
+            raise
+        except self._av.error.EOFError as error:
+            raise ValueError(f"{self.path}: has zero frames: it ends before the first one") from error
+        except (self._av.FFmpegError, ValueError) as error:
+            raise ValueError(
+                f"{self.path}: cannot be read as a video ({error}); it may be no video or an incomplete download: "
+                "copy it again, or check it with ffprobe"
+            ) from error
+        try:
+            self._stream = self._choose_stream()
+        except Exception:
+            self._container.close()
+            raise
+
+    def __enter__(self) -> VideoFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._container.close()
+
+    def _choose_stream(self) -> Any:
+        if self._container.format.name == "tty":
+            raise ValueError(f"{self.path}: is a text file, not a video")
+        streams = [s for s in self._container.streams.video if not _is_cover(s)]
+        if not streams:
+            kinds = sorted({s.type for s in self._container.streams})
+            found = f"only {' and '.join(kinds)}" if kinds else "and nothing else either"
+            raise ValueError(f"{self.path}: has no video stream, {found}: zero frames")
+        stream = streams[0]
+        if stream.codec_context is None:
+            raise ValueError(f"{self.path}: FFmpeg has no decoder for its video codec; convert it to H.264")
+        stream.thread_type = "AUTO"
+        return stream
+
+    def table(self) -> FrameTable:
+        """List the frames from the packets, without decoding where container and codec allow it.
+
+        Raises:
+            ValueError: no frames, or the file ends before its last frame.
+        """
+        container, stream = self._container, self._stream
+        if not _INDEXED_CONTAINERS.intersection(container.format.name.split(",")):
+            return self.count()
+        if stream.codec_context.codec.name not in _INDEXED_CODECS:
+            return self.count()
+        pts: list[int | None] = []
+        keys, last, last_duration, broken = [], None, 0, ""
+        complete, closed, key = 0, True, None
+        try:
+            for packet in container.demux(stream):
+                if packet.size == 0 and packet.pts is None:  # the end marker
+                    continue
+                complete += not packet.is_corrupt
+                broken = broken or ("a frame is damaged" if packet.is_corrupt else "")
+                if packet.is_keyframe and packet.pts is not None:
+                    key = packet.pts
+                    keys.append(key)
+                elif key is not None and packet.pts is not None and packet.pts < key:
+                    closed = False
+                if packet.is_discard:  # outside the edit list: decoded for others' sake, never shown
+                    continue
+                pts.append(packet.pts)
+                if packet.pts is not None and (last is None or packet.pts > last):
+                    last, last_duration = packet.pts, packet.duration or 0
+        except self._av.FFmpegError as error:
+            broken = str(error)
+        if ends_early(self.path):
+            broken = "the file ends early"
+        if broken:
+            of = f" of {stream.frames}" if stream.frames else ""
+            raise ValueError(
+                f"{self.path}: is truncated or damaged ({broken}): {complete}{of} frames are complete; copy or "
+                f'download it again, or keep the readable part with: ffmpeg -i "{self.path}" -c copy part.mkv'
+            )
+        if not pts:
+            raise ValueError(f"{self.path}: has a video stream with zero frames")
+        if any(p is None for p in pts):
+            return self.count()
+        order = np.sort(np.array(pts, dtype=np.int64))
+        if np.any(np.diff(order) == 0):
+            return self.count()
+        return self._table(order, np.sort(np.array(keys, dtype=np.int64)), last_duration, counted=False, closed=closed)
+
+    def count(self) -> FrameTable:
+        """List the frames by decoding all of them.
+
+        Raises:
+            ValueError: no frames, or decoding fails before the end.
+        """
+        times: list[int | None] = []
+        last_duration = 0
+        for frame in self._sequence():
+            times.append(frame.pts)
+            last_duration = getattr(frame, "duration", 0) or 0
+        if ends_early(self.path):
+            raise ValueError(
+                f"{self.path}: is truncated (the file ends early): {len(times)} frames could be read; "
+                "copy or download it again"
+            )
+        if not times:
+            raise ValueError(f"{self.path}: has a video stream with zero frames")
+        order = np.array([-1 if t is None else t for t in times], dtype=np.int64)
+        if any(t is None for t in times) or np.any(np.diff(order) <= 0):  # no usable clock: a steady rate
+            rate, tick = self._stream.average_rate, self._stream.time_base
+            step = int(1 / (rate * tick)) if rate and tick else 0
+            order, last_duration = np.arange(len(times), dtype=np.int64) * max(step, 1), step
+        return self._table(order, order[:1], last_duration, counted=True, closed=False)
+
+    def _table(self, pts: np.ndarray, keys: np.ndarray, last_duration: int, counted: bool, closed: bool) -> FrameTable:
+        tick = float(self._stream.time_base)
+        count, rate = len(pts), self._stream.average_rate
+        seconds = (pts - pts[0]).astype(np.float64) * tick
+        if last_duration <= 0 and count > 1:
+            last_duration = (pts[-1] - pts[0]) / (count - 1)
+        duration: float | None = float(seconds[-1] + last_duration * tick)
+        if not duration or duration <= 0:
+            duration = float(1 / rate) if rate else None
+        fps = count / duration if duration else None
+        if rate and duration and abs(float(rate) * duration - count) <= 1:
+            fps = float(rate)  # the exact fraction, not disturbed by rounded time stamps
+        return FrameTable(pts, keys, seconds, duration, fps, counted, closed)
+
+    def turned(self, table: FrameTable) -> bool:
+        """Does the file ask for its picture to be turned or mirrored when shown?"""
+        frames = self._sequence() if table.counted else self._from(table, 0, int(table.pts[0]))
+        return any(_display_turn(next(frames)))
+
+    def decode(self, table: FrameTable, indices: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
+        """Decode the frames with these numbers.
+
+        Args:
+            table: from `table()` or `count()`.
+            indices: int64 `[T]` frame numbers, strictly increasing.
+            size: (height, width) of the upright result; None keeps the file's.
+
+        Returns:
+            uint8 `[T, H, W, 3]` RGB, turned upright as the file's display matrix says (right angles and mirrors).
+
+        Raises:
+            TableMismatchError: a frame of a table that was not counted did not come out.
+            ValueError: decoding failed.
+        """
+        found = self._counted(indices) if table.counted else self._sought(table, indices)
+        from av.video.reformatter import VideoReformatter
+
+        reformatter, result = VideoReformatter(), None
+        turn, width, height = (False, False, False), 0, 0
+        for slot, frame in found:
+            if result is None:
+                turn = _display_turn(frame)
+                height, width = size or ((frame.width, frame.height) if turn[0] else (frame.height, frame.width))
+                result = np.empty((len(indices), height, width, 3), dtype=np.uint8)
+                if turn[0]:
+                    width, height = height, width
+            picture = reformatter.reformat(frame, width, height, "rgb24").to_ndarray()
+            result[slot] = _upright(picture, turn)
+        assert result is not None
+        return result
+
+    def _sought(self, table: FrameTable, indices: np.ndarray) -> Iterator[tuple[int, Any]]:
+        """Yield (slot, frame) for each index, by seeking to key frames."""
+        frames: Iterator[Any] = iter(())
+        at = None  # time stamp of the last frame that the decoder gave
+        for slot, target in enumerate(table.pts[indices].tolist()):
+            place = int(np.searchsorted(table.keys, target, side="right")) - 1
+            anchor = int(table.keys[place]) if place >= 0 else int(table.pts[0])
+            if at is None or anchor > at:
+                frames = self._from(table, place, target)
+            while True:
+                frame = next(frames, None)
+                if frame is None or frame.pts is None or frame.pts > target:
+                    raise TableMismatchError
+                at = frame.pts
+                if at == target:
+                    break
+            if frame.is_corrupt:
+                raise TableMismatchError
+            yield slot, frame
+
+    def _from(self, table: FrameTable, place: int, target: int) -> Iterator[Any]:
+        """Decode from the key frame number `place`, or an earlier one if the container lands behind it."""
+        while True:
+            stamp = int(table.keys[place]) if place >= 0 else int(min(table.pts[0], table.keys[:1].min(initial=target)))
+            try:
+                self._container.seek(stamp, stream=self._stream, backward=True)
+                packets = self._container.demux(self._stream)
+                first = next(packets)
+            except self._av.FFmpegError as error:
+                raise TableMismatchError from error
+            if first.pts is not None and first.pts <= target:
+                break
+            if place < 0:
+                raise TableMismatchError
+            place -= 1
+        return self._decoded(first, packets)
+
+    def _decoded(self, first: Any, packets: Iterator[Any]) -> Iterator[Any]:
+        try:
+            yield from first.decode()
+            for packet in packets:
+                yield from packet.decode()
+        except self._av.FFmpegError as error:
+            raise TableMismatchError from error
+
+    def _sequence(self) -> Iterator[Any]:
+        """Decode every frame from the start."""
+        done = 0
+        try:
+            self._container.close()
+            self._open()  # not every container can go back to its start
+            for frame in self._container.decode(self._stream):
+                if frame.is_corrupt:
+                    raise self._av.error.InvalidDataError(0, f"frame {done} is damaged")
+                yield frame
+                done += 1
+        except self._av.FFmpegError as error:
+            raise ValueError(
+                f"{self.path}: is truncated or damaged ({error}): {done} frames could be read; "
+                "copy or download it again"
+            ) from error
+
+    def _counted(self, indices: np.ndarray) -> Iterator[tuple[int, Any]]:
+        """Yield (slot, frame) for each index, by decoding from the start."""
+        slots = {int(index): slot for slot, index in enumerate(indices)}
+        last = int(indices[-1])
+        for number, frame in enumerate(self._sequence()):
+            if number in slots:
+                yield slots[number], frame
+            if number == last:
+                return
+
+
+def _is_cover(stream: Any) -> bool:
+    """A still cover picture of an audio file is no video."""
+    disposition = getattr(stream, "disposition", 0)
+    return bool(getattr(disposition, "value", disposition) & 0x0400)  # AV_DISPOSITION_ATTACHED_PIC
+
+
+def _display_turn(frame: Any) -> tuple[bool, bool, bool]:
+    """Read the display matrix as (transpose, flip rows, flip columns), applied in this order; nearest right angle."""
+    side_data = frame.side_data.get("DISPLAYMATRIX")
+    if side_data is None:
+        return False, False, False
+    a, b, _, c, d = (int(v) for v in np.frombuffer(side_data, dtype=np.int32)[:5])
+    # A picture point (x, y) is shown at (a x + c y, b x + d y), up to a shift.
+    if abs(a) + abs(d) >= abs(b) + abs(c):
+        return False, d < 0, a < 0
+    return True, b < 0, c < 0
+
+
+def _upright(picture: np.ndarray, turn: tuple[bool, bool, bool]) -> np.ndarray:
+    transpose, flip_rows, flip_columns = turn
+    if transpose:
+        picture = picture.transpose(1, 0, 2)
+    return picture[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1]
