@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test lint format bench wheel clean
+.PHONY: setup demo test test-oldest lint format bench wheel clean
 
 setup: $(STAMP)
 
@@ -26,6 +26,18 @@ demo: setup
 test: setup lint
 	$(BIN)/pytest -n 2 --dist worksteal tests
 
+# the model tests on the oldest supported transformers, in an environment of their own
+OLDEST := $(VENV)-oldest
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/pytest -n 2 tests/test_laws.py tests/test_reference.py tests/test_scoring.py tests/test_budget.py
+
+$(OLDEST)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install --quiet torch -c constraints.txt
+	grep -v -e '^transformers' -e '^huggingface_hub' constraints.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/pip install --quiet -c $(OLDEST)/constraints.txt 'transformers==5.16.0' -e '.[test]'
+	touch $(OLDEST)/.installed
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -42,4 +54,4 @@ wheel: setup
 	$(BIN)/python -m build --outdir dist .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -123,6 +123,8 @@ class MergeRecord:
 
     def to(self, device: torch.device | str) -> MergeRecord:
         """The same record on another device."""
+        if self.anchor.device == torch.device(device):
+            return self
         return MergeRecord(
             self.frames,
             self.per_frame,
