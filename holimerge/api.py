@@ -82,16 +82,11 @@ def patch_model(model: ModelT, cfg: ConfigLike) -> ModelT:
             f"cannot patch {what}; supported are the generating models of these families: {', '.join(list_families())}"
         )
     _check_version()
+    handle = Handle(inner, family_module(str(model_type)).FAMILY, config)  # refuses before anything is touched
     old = _handle(model)
     if old is not None:
         old.detach()
-    try:
-        handle = Handle(inner, family_module(str(model_type)).FAMILY, config)
-        handle.attach()
-    except BaseException:
-        if old is not None:
-            old.attach()
-        raise
+    handle.attach()
     _reset_dynamo()
     return model
 

@@ -20,32 +20,21 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .allocation import largest_remainder
 from .cache import cache_state
 from .call import CALL, PROMPT, Call, Prompt, by_name
 from .config import Config, ConfigError
-from .cost import largest_budget
 from .inner_stage import InnerStage
+from .outer_stage import OuterStage, ReducedVideo
 from .registry import method_module
-from .report import Report, Selection, VideoReport
-from .shapes import shape_of
+from .report import Report, Selection
 from .splice import continue_over, pack, remember_continuation, unpack
-from .tokens import MergeRecord, Target, keep_everything
-
-
-@dataclass
-class ReducedVideo(BaseModelOutputWithPooling):
-    """What `get_video_features` returns inside a patched model's own calls; its type says where it comes from."""
-
 
 _REPLAY: ContextVar[tuple[Handle, Selection] | None] = ContextVar("holimerge_replay", default=None)
 
@@ -62,13 +51,13 @@ _LAST = _Last()
 class _Wrapped:
     """An instance attribute that stands in for a bound method; a class of its own so that it can be deep-copied."""
 
-    def __init__(self, handle: Handle, name: str, original: Callable[..., Any], run: str) -> None:
-        self.handle, self.name, self.original, self.run = handle, name, original, run
+    def __init__(self, original: Callable[..., Any], run: Callable[..., Any]) -> None:
+        self.original, self.run = original, run
         functools.update_wrapper(self, original)
         self.__signature__ = inspect.signature(original)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self.handle, self.run)(self.original, *args, **kwargs)
+        return self.run(self.original, *args, **kwargs)
 
 
 class Handle:
@@ -81,7 +70,8 @@ class Handle:
         self.lm: Any = family.language_model(model)
         self.force_packing = False  # tests: run the packing although nothing was dropped
         self._hooks: list[Any] = []
-        self._attributes: list[tuple[nn.Module, str]] = []
+        self._attributes: list[tuple[nn.Module, str, Any]] = []
+        self.outer = OuterStage(self)
         self.inner: InnerStage | None = None
         if config.inner is not None:
             self.inner = InnerStage(self, config.inner)
@@ -93,8 +83,8 @@ class Handle:
     def attach(self) -> None:
         """Set the hooks; on an error nothing stays behind."""
         try:
-            self._replace(self.model, "generate", "_generate")
-            self._replace(self.core, "get_video_features", "_video_features")
+            self._replace(self.model, "generate", self._generate)
+            self._replace(self.core, "get_video_features", self.outer.video_features)
             self._pre(self.model, self._open)
             self._post(self.model, self._close)
             self._pre(self.core, self._enter_core)
@@ -113,14 +103,16 @@ class Handle:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        for module, name in self._attributes:
+        for module, name, before in self._attributes:
             module.__dict__.pop(name, None)
+            if before is not None:  # somebody else's replacement
+                module.__dict__[name] = before
         self._attributes.clear()
         self.model.__dict__.pop("_holimerge_handle", None)
 
-    def _replace(self, module: nn.Module, name: str, run: str) -> None:
-        module.__dict__[name] = _Wrapped(self, name, getattr(module, name), run)
-        self._attributes.append((module, name))
+    def _replace(self, module: nn.Module, name: str, run: Callable[..., Any]) -> None:
+        self._attributes.append((module, name, module.__dict__.get(name)))
+        module.__dict__[name] = _Wrapped(getattr(module, name), run)
 
     def _pre(self, module: nn.Module, hook: Callable[..., Any]) -> None:
         self._hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
@@ -167,7 +159,8 @@ class Handle:
     # ------------------------------------------------------------------ generate
 
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        given = kwargs.get("generation_config")
+        bound = inspect.signature(original).bind_partial(*args, **kwargs).arguments
+        given, inputs = bound.get("generation_config"), bound.get("inputs")
 
         def setting(name: str) -> Any:
             for source in (
@@ -192,7 +185,6 @@ class Handle:
                 )
             if setting("cache_implementation") is not None:
                 kwargs["disable_compile"] = True  # lengths that differ by layer break the compiled decoding step
-        inputs = args[0] if args else kwargs.get("inputs")
         given_ids = isinstance(inputs, Tensor) and not inputs.is_floating_point()
         ids = inputs if given_ids else kwargs.get("input_ids")
         cache = kwargs.get("past_key_values")
@@ -261,29 +253,7 @@ class Handle:
             call.report = getattr(encoded, "report", None)
             records = getattr(encoded, "reductions", None)
             features: Any = encoded.pooler_output
-            call.reductions = None if records is None else self._expanded(call, records, len(features))
-
-    def _expanded(self, call: Call, records: list[MergeRecord], count: int) -> list[MergeRecord]:
-        """Records in the order of the rows' videos, after `generate` repeated each row's videos for its beams."""
-        times = count // len(records)
-        if times == 1:
-            return records
-        assert call.video_mask is not None
-        rows = self._videos_by_row(call.video_mask[::times], records)
-        return [records[v] for row in rows for _ in range(times) for v in row]
-
-    def _videos_by_row(self, mask: Tensor, records: list[MergeRecord] | list[int]) -> list[list[int]]:
-        """Which videos each row holds, from the number of its placeholders."""
-        lengths = [r if isinstance(r, int) else r.total for r in records]
-        rows, video = [], 0
-        for wanted in mask.sum(1).tolist():
-            row: list[int] = []
-            while wanted > 0 and video < len(lengths):
-                wanted -= lengths[video] + self.family.separators
-                row.append(video)
-                video += 1
-            rows.append(row)
-        return rows
+            call.reductions = None if records is None else self.outer.expanded(call, records, len(features))
 
     def _leave_core(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         call = self.current()
@@ -291,128 +261,6 @@ class Handle:
         if call is not None and call.has_video and states is not None:
             output.video_hidden_states = states.nan_to_num(nan=0.0)  # rows of dropped tokens
         self._close(module, args, kwargs, output)
-
-    # ------------------------------------------------------------------ features
-
-    def _video_features(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        call, prompt = self.current(), PROMPT.get()
-        generating = prompt is not None and prompt.handle is self
-        if call is None and not generating:
-            return original(*args, **kwargs)  # the user's own call
-        bound = inspect.signature(original).bind_partial(*args, **kwargs)
-        arguments = dict(bound.arguments)
-        arguments.update(arguments.pop("kwargs", {}))
-        grids = self.family.grids(self.core, arguments)
-        report = Report(inner_layer=None if self.inner is None else self.inner.layer)
-        if self.method.reduce is None:
-            output, records = self._stock(original, arguments, grids, report)
-        else:
-            targets = self._targets(grids, call, prompt)
-            output, records = self._reduced(original, arguments, grids, targets, report)
-        report.videos = [
-            VideoReport(record, (rows, columns), self.family.separators)
-            for record, (_, rows, columns) in zip(records, grids, strict=True)
-        ]
-        output.reductions, output.report = records, report
-        if call is not None:
-            call.reductions, call.report = records, report
-        return output
-
-    def _stock(
-        self, original: Callable[..., Any], arguments: dict[str, Any], grids: list[tuple[int, int, int]], report: Report
-    ) -> tuple[ReducedVideo, list[MergeRecord]]:
-        device = _device(arguments)
-        with report.clock.stage("vision", device):
-            stock = original(**{**arguments, "return_dict": True})
-        output = ReducedVideo(pooler_output=stock.pooler_output)
-        return output, [keep_everything(t, h * w, device) for t, h, w in grids]
-
-    def _reduced(
-        self,
-        original: Callable[..., Any],
-        arguments: dict[str, Any],
-        grids: list[tuple[int, int, int]],
-        targets: list[Target],
-        report: Report,
-    ) -> tuple[ReducedVideo, list[MergeRecord]]:
-        outer = self.config.outer
-        assert outer is not None
-        assert self.method.reduce is not None
-        device = _device(arguments)
-        with report.clock.stage("vision", device):
-            encoded = self.family.encode(
-                self.core,
-                original,
-                arguments,
-                at=outer.at,
-                scored=self.method.needs_scores,
-                chunk=self.config.chunk_frames,
-            )
-        replay = self.replay
-        records = []
-        with report.clock.stage("reduce", device), torch.no_grad():
-            for i, (video, target) in enumerate(zip(encoded, targets, strict=True)):
-                record = self.method.reduce(video.tokens, target, outer) if replay is None else replay.outer[i]
-                records.append(record.to(video.tokens.features.device))
-        features = []
-        with report.clock.stage("project", device):
-            for video, record in zip(encoded, records, strict=True):
-                if record.kept == record.total:
-                    features.append(video.everything())
-                    continue
-                kept = video.merged(record)
-                marked = kept.new_full((record.total, kept.shape[-1]), torch.nan)
-                features.append(marked.index_copy(0, record.slots, kept))
-            pooled = self.family.assemble(self.core, features)
-        return ReducedVideo(pooler_output=pooled), records
-
-    def _targets(self, grids: list[tuple[int, int, int]], call: Call | None, prompt: Prompt | None) -> list[Target]:
-        budget = self.config.budget
-        assert budget is not None
-        totals = [t * h * w for t, h, w in grids]
-        if budget.flops is None:
-            return [
-                Target(budget.keep(n), budget.retain if budget.retain is not None else budget.keep(n) / n, budget.exact)
-                for n in totals
-            ]
-        source = call if call is not None else prompt
-        assert source is not None
-        mask = self.family.video_mask(self.core, source.input_ids, source.inputs_embeds)
-        valid = source.attention_mask if source.attention_mask is not None else torch.ones_like(mask)
-        mask, valid = mask[:, source.seen :], valid[:, -mask.shape[1] :][:, source.seen :]
-        if int(mask.sum()) != sum(totals) + len(totals) * self.family.separators:
-            raise ValueError(
-                f"the prompt has {int(mask.sum())} video placeholders, its videos make "
-                f"{sum(totals) + len(totals) * self.family.separators} tokens"
-            )
-        text = shape_of(self.model.config).text
-        layer = None if self.inner is None else self.inner.layer
-        retain = None if self.config.inner is None else self.config.inner.retain
-        keep = [0] * len(totals)
-        for row, length in zip(self._videos_by_row(mask, totals), valid.sum(1).tolist(), strict=True):
-            if not row:
-                continue
-            total = sum(totals[v] for v in row)
-            try:
-                most = largest_budget(
-                    text,
-                    share=budget.flops,
-                    total_tokens=total,
-                    text_tokens=int(length) - total,
-                    inner_layer=layer,
-                    inner_retain=retain,
-                )
-            except ValueError as error:
-                raise ConfigError(f"budget.flops: {error}") from None
-            if most < len(row):
-                raise ConfigError(
-                    f"budget.flops: {budget.flops} leaves {most} token(s) for the {len(row)} videos of a prompt; "
-                    "each needs at least one"
-                )
-            extra = largest_remainder([totals[v] - 1 for v in row], most - len(row))
-            for v, more in zip(row, extra, strict=True):
-                keep[v] = 1 + more
-        return [Target(k, k / n, budget.exact) for k, n in zip(keep, totals, strict=True)]
 
     # ------------------------------------------------------------------ the language model
 
@@ -464,7 +312,7 @@ class Handle:
         assert call.reductions is not None
         assert call.report is not None
         of_record = {id(video.record): video for video in call.report.videos}
-        for row, owner in zip(self._videos_by_row(call.video_mask, call.reductions), owners, strict=True):
+        for row, owner in zip(self.outer.videos_by_row(call.video_mask, call.reductions), owners, strict=True):
             kept = owner == torch.arange(owner.shape[0], device=owner.device)
             for video, flags in zip(row, kept.split([call.reductions[v].kept for v in row]), strict=True):
                 of_record[id(call.reductions[video])].inner_kept = flags
@@ -473,7 +321,3 @@ class Handle:
 def _uses_cache(module: Any, kwargs: dict[str, Any]) -> bool:
     given = kwargs.get("use_cache")
     return bool(module.config.use_cache if given is None else given)
-
-
-def _device(arguments: dict[str, Any]) -> torch.device:
-    return next(v.device for v in arguments.values() if isinstance(v, Tensor))

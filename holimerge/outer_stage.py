@@ -1,0 +1,181 @@
+"""Where the outer reduction sits: around `get_video_features`, between the vision tower and the prompt."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from .allocation import largest_remainder
+from .call import PROMPT, Call, Prompt
+from .config import ConfigError
+from .cost import largest_budget
+from .report import Report, VideoReport
+from .shapes import shape_of
+from .tokens import MergeRecord, Target, keep_everything
+
+if TYPE_CHECKING:
+    from .handle import Handle
+
+
+@dataclass
+class ReducedVideo(BaseModelOutputWithPooling):
+    """What `get_video_features` returns inside a patched model's own calls; its type says where it comes from."""
+
+
+class OuterStage:
+    """The outer reduction of one patched model."""
+
+    def __init__(self, handle: Handle) -> None:
+        self.handle = handle
+
+    def expanded(self, call: Call, records: list[MergeRecord], count: int) -> list[MergeRecord]:
+        """Records in the order of the rows' videos, after `generate` repeated each row's videos for its beams."""
+        times = count // len(records)
+        if times == 1:
+            return records
+        assert call.video_mask is not None
+        rows = self.videos_by_row(call.video_mask[::times], records)
+        return [records[v] for row in rows for _ in range(times) for v in row]
+
+    def videos_by_row(self, mask: Tensor, records: list[MergeRecord] | list[int]) -> list[list[int]]:
+        """Which videos each row holds, from the number of its placeholders."""
+        lengths = [r if isinstance(r, int) else r.total for r in records]
+        rows, video = [], 0
+        for wanted in mask.sum(1).tolist():
+            row: list[int] = []
+            while wanted > 0 and video < len(lengths):
+                wanted -= lengths[video] + self.handle.family.separators
+                row.append(video)
+                video += 1
+            rows.append(row)
+        return rows
+
+    def video_features(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        call, prompt = self.handle.current(), PROMPT.get()
+        generating = prompt is not None and prompt.handle is self.handle
+        if call is None and not generating:
+            return original(*args, **kwargs)  # the user's own call
+        bound = inspect.signature(original).bind_partial(*args, **kwargs)
+        arguments = dict(bound.arguments)
+        arguments.update(arguments.pop("kwargs", {}))
+        grids = self.handle.family.grids(self.handle.core, arguments)
+        report = Report(inner_layer=None if self.handle.inner is None else self.handle.inner.layer)
+        if self.handle.method.reduce is None:
+            output, records = self._stock(original, arguments, grids, report)
+        else:
+            targets = self._targets(grids, call, prompt)
+            output, records = self._reduced(original, arguments, grids, targets, report)
+        report.videos = [
+            VideoReport(record, (rows, columns), self.handle.family.separators)
+            for record, (_, rows, columns) in zip(records, grids, strict=True)
+        ]
+        output.reductions, output.report = records, report
+        if call is not None:
+            call.reductions, call.report = records, report
+        return output
+
+    def _stock(
+        self, original: Callable[..., Any], arguments: dict[str, Any], grids: list[tuple[int, int, int]], report: Report
+    ) -> tuple[ReducedVideo, list[MergeRecord]]:
+        device = _device(arguments)
+        with report.clock.stage("vision", device):
+            stock = original(**{**arguments, "return_dict": True})
+        output = ReducedVideo(pooler_output=stock.pooler_output)
+        return output, [keep_everything(t, h * w, device) for t, h, w in grids]
+
+    def _reduced(
+        self,
+        original: Callable[..., Any],
+        arguments: dict[str, Any],
+        grids: list[tuple[int, int, int]],
+        targets: list[Target],
+        report: Report,
+    ) -> tuple[ReducedVideo, list[MergeRecord]]:
+        outer = self.handle.config.outer
+        assert outer is not None
+        assert self.handle.method.reduce is not None
+        device = _device(arguments)
+        with report.clock.stage("vision", device):
+            encoded = self.handle.family.encode(
+                self.handle.core,
+                original,
+                arguments,
+                at=outer.at,
+                scored=self.handle.method.needs_scores,
+                chunk=self.handle.config.chunk_frames,
+            )
+        replay = self.handle.replay
+        records = []
+        with report.clock.stage("reduce", device), torch.no_grad():
+            for i, (video, target) in enumerate(zip(encoded, targets, strict=True)):
+                record = self.handle.method.reduce(video.tokens, target, outer) if replay is None else replay.outer[i]
+                records.append(record.to(video.tokens.features.device))
+        features = []
+        with report.clock.stage("project", device):
+            for video, record in zip(encoded, records, strict=True):
+                if record.kept == record.total:
+                    features.append(video.everything())
+                    continue
+                kept = video.merged(record)
+                marked = kept.new_full((record.total, kept.shape[-1]), torch.nan)
+                features.append(marked.index_copy(0, record.slots, kept))
+            pooled = self.handle.family.assemble(self.handle.core, features)
+        return ReducedVideo(pooler_output=pooled), records
+
+    def _targets(self, grids: list[tuple[int, int, int]], call: Call | None, prompt: Prompt | None) -> list[Target]:
+        budget = self.handle.config.budget
+        assert budget is not None
+        totals = [t * h * w for t, h, w in grids]
+        if budget.flops is None:
+            return [
+                Target(budget.keep(n), budget.retain if budget.retain is not None else budget.keep(n) / n, budget.exact)
+                for n in totals
+            ]
+        source = call if call is not None else prompt
+        assert source is not None
+        mask = self.handle.family.video_mask(self.handle.core, source.input_ids, source.inputs_embeds)
+        valid = source.attention_mask if source.attention_mask is not None else torch.ones_like(mask)
+        mask, valid = mask[:, source.seen :], valid[:, -mask.shape[1] :][:, source.seen :]
+        if int(mask.sum()) != sum(totals) + len(totals) * self.handle.family.separators:
+            raise ValueError(
+                f"the prompt has {int(mask.sum())} video placeholders, its videos make "
+                f"{sum(totals) + len(totals) * self.handle.family.separators} tokens"
+            )
+        text = shape_of(self.handle.model.config).text
+        layer = None if self.handle.inner is None else self.handle.inner.layer
+        retain = None if self.handle.config.inner is None else self.handle.config.inner.retain
+        keep = [0] * len(totals)
+        for row, length in zip(self.videos_by_row(mask, totals), valid.sum(1).tolist(), strict=True):
+            if not row:
+                continue
+            total = sum(totals[v] for v in row)
+            try:
+                most = largest_budget(
+                    text,
+                    share=budget.flops,
+                    total_tokens=total,
+                    text_tokens=int(length) - total,
+                    inner_layer=layer,
+                    inner_retain=retain,
+                )
+            except ValueError as error:
+                raise ConfigError(f"budget.flops: {error}") from None
+            if most < len(row):
+                raise ConfigError(
+                    f"budget.flops: {budget.flops} leaves {most} token(s) for the {len(row)} videos of a prompt; "
+                    "each needs at least one"
+                )
+            extra = largest_remainder([totals[v] - 1 for v in row], most - len(row))
+            for v, more in zip(row, extra, strict=True):
+                keep[v] = 1 + more
+        return [Target(k, k / n, budget.exact) for k, n in zip(keep, totals, strict=True)]
+
+
+def _device(arguments: dict[str, Any]) -> torch.device:
+    return next(v.device for v in arguments.values() if isinstance(v, Tensor))

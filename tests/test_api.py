@@ -1,0 +1,501 @@
+"""The public surface on real classes: patching, undoing, refusing, reporting, and what users wrap around models."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
+import accelerate
+import peft
+import pytest
+import torch
+import transformers
+from fingerprint import fingerprint, hook_count
+from torch import nn
+from toys import build, llava_config, make_model, make_video, prompt
+from transformers import GenerationConfig
+
+import holimerge
+from holimerge import ConfigError, last_report, merging, patch_model, unpatch_model
+from holimerge.config import load_config
+
+OUTER = {"method": "holitom", "budget": {"retain": 0.25}}
+BOTH = {**OUTER, "inner": {"layer": 2}}
+PIXELS = "pixel_values_videos"
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def inputs(family):
+    return prompt(family)
+
+
+@pytest.fixture
+def model(family, inputs):
+    """A model that has run once (transformers sets hooks of its own then)."""
+    made = make_model(family)
+    made(**inputs)
+    return made
+
+
+def logits(model, inputs):
+    return model(**inputs).logits
+
+
+def tokens(model, inputs, **kwargs):
+    return model.generate(**{"max_new_tokens": 3, "do_sample": False, **inputs, **kwargs})
+
+
+def video_features(model, inputs):
+    given = {k: v for k, v in inputs.items() if k in (PIXELS, "video_grid_thw")}
+    return model.model.get_video_features(**given, return_dict=True)
+
+
+def tower_and_projector(model):
+    core = model.model
+    if hasattr(core, "visual"):
+        return core.visual, core.visual.merger
+    return core.vision_tower, core.multi_modal_projector
+
+
+def poisoned(inputs, value):
+    pixels = inputs[PIXELS].clone()
+    pixels.view(-1)[3] = value
+    return {**inputs, PIXELS: pixels}
+
+
+# ---------------------------------------------------------------------- patching and undoing
+
+
+def test_patching_returns_the_same_object_and_unpatching_restores_it(model, inputs):
+    before, stock = fingerprint(model), logits(model, inputs)
+    assert patch_model(model, BOTH) is model
+    assert list(model.state_dict()) == before["state"]
+    assert list(dict(model.named_modules())) == before["order"]
+    assert not torch.equal(logits(model, inputs), stock)
+    tokens(model, inputs)
+    assert unpatch_model(model) is model
+    assert fingerprint(model) == before
+    assert torch.equal(logits(model, inputs), stock)
+
+
+def test_patching_again_replaces(model, family, inputs):
+    before = fingerprint(model)
+    alone = logits(patch_model(make_model(family), OUTER), inputs)
+    hooks = hook_count(patch_model(model, OUTER))
+    for cfg in (BOTH, "keep-all", {**OUTER, "budget": {"tokens": 3}}, OUTER):
+        logits(patch_model(model, cfg), inputs)
+    patch_model(model, OUTER)
+    assert hook_count(model) == hooks
+    with pytest.raises(RuntimeError, match="no forward"):
+        last_report(model)  # the report of another configuration would be a lie
+    assert torch.equal(logits(model, inputs), alone)
+    assert fingerprint(unpatch_model(model)) == before
+
+
+UNUSABLE = [
+    ({**OUTER, "inner": {"layer": 40}}, ConfigError, "inner.layer: 40"),
+    ({**OUTER, "inner": {"layer": 4}}, ConfigError, "1 to 3"),
+    ({**OUTER, "budget": {"retian": 0.1}}, ConfigError, "retain"),
+    ("holimerge-5", ConfigError, "holimerge-25"),
+    ("absent.yaml", FileNotFoundError, "absent.yaml"),
+    (None, TypeError, "NoneType"),
+]
+
+
+@pytest.mark.parametrize(("cfg", "kind", "text"), UNUSABLE, ids=lambda x: str(x)[-30:])
+def test_an_unusable_configuration_changes_nothing(model, inputs, cfg, kind, text):
+    before = fingerprint(model)
+    with pytest.raises(kind, match=text):
+        patch_model(model, cfg)
+    with pytest.raises(kind, match=text), merging(model, cfg):
+        raise AssertionError("the block must not run")
+    assert fingerprint(model) == before
+    patched = logits(patch_model(model, BOTH), inputs)
+    looks, report = fingerprint(model), last_report(model)
+    with pytest.raises(kind, match=text):
+        patch_model(model, cfg)
+    assert fingerprint(model) == looks
+    assert last_report(model) is report
+    assert torch.equal(logits(model, inputs), patched)
+    assert fingerprint(unpatch_model(model)) == before
+
+
+def test_a_failed_patch_keeps_the_order_of_the_users_hooks(model):
+    patch_model(model, BOTH).register_forward_hook(lambda *_: None)
+    looks = fingerprint(model)
+    with pytest.raises(ConfigError):
+        patch_model(model, UNUSABLE[0][0])
+    assert fingerprint(model) == looks
+
+
+def test_tensor_parallel_is_refused(model):
+    model._tp_size = 2
+    before = fingerprint(model)
+    with pytest.raises(ConfigError, match="tensor-parallel"):
+        patch_model(model, BOTH)
+    assert fingerprint(model) == before
+
+
+def test_what_is_not_patched(model):
+    for wrong in (model, nn.Linear(2, 2), None):
+        with pytest.raises(ValueError, match="not patched"):
+            unpatch_model(wrong)
+        with pytest.raises(ValueError, match="not patched"):
+            last_report(wrong)
+    patch_model(model, BOTH)
+    with pytest.raises(RuntimeError, match="no forward has run"):
+        last_report(model)
+    unpatch_model(model)
+    with pytest.raises(ValueError, match="not patched"):
+        unpatch_model(model)
+
+
+def test_unsupported_models(model):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 32}
+    text_only = transformers.Qwen2Config(**sizes, num_attention_heads=2, num_key_value_heads=1)
+    bare = transformers.LlavaOnevisionModel(llava_config())
+    for wrong in (transformers.Qwen2ForCausalLM(text_only), nn.Linear(2, 2), bare, model.model, None):
+        with pytest.raises(TypeError) as caught:
+            patch_model(wrong, "keep-all")
+        for part in (type(wrong).__name__, *holimerge.list_families()):
+            assert part in str(caught.value)
+        assert "_holimerge_handle" not in getattr(wrong, "__dict__", {})
+
+
+@pytest.mark.parametrize("raises", [False, True], ids=["plain", "exception"])
+def test_merging_restores_what_was_there(model, inputs, raises):
+    before, stock = fingerprint(model), logits(model, inputs)
+
+    def block(cfg):
+        with contextlib.suppress(KeyError), merging(model, cfg) as same:
+            assert same is model
+            logits(model, inputs)
+            if raises:
+                raise KeyError
+
+    block(BOTH)
+    assert fingerprint(model) == before
+    assert torch.equal(logits(model, inputs), stock)
+    patched, hooks = logits(patch_model(model, BOTH), inputs), hook_count(model)
+    block("keep-all")
+    with merging(model, OUTER):
+        outer = logits(model, inputs)
+        block(BOTH)
+        assert torch.equal(logits(model, inputs), outer)
+    assert hook_count(model) == hooks
+    assert torch.equal(logits(model, inputs), patched)
+    assert fingerprint(unpatch_model(model)) == before
+
+
+def test_two_models_and_a_deep_copy_are_independent(model, family, inputs):
+    other, stock = make_model(family, seed=1), logits(model, inputs)
+    alone = logits(patch_model(other, BOTH), inputs)
+    assert torch.equal(logits(model, inputs), stock)
+    patched = logits(patch_model(model, OUTER), inputs)
+    assert torch.equal(logits(other, inputs), alone)
+    assert last_report(model).videos[0].after_inner is None
+    assert last_report(other).videos[0].after_inner is not None
+    twin = copy.deepcopy(model)
+    assert torch.equal(logits(twin, inputs), patched)
+    assert torch.equal(logits(unpatch_model(twin), inputs), stock)
+    unpatch_model(other)
+    assert torch.equal(logits(model, inputs), patched)
+
+
+# ---------------------------------------------------------------------- nothing is silently not reduced
+
+
+def test_the_users_own_feature_call_is_stock(model, inputs):
+    stock = video_features(model, inputs)
+    logits(patch_model(model, BOTH), inputs)
+    report, mine = last_report(model), video_features(model, inputs)
+    assert type(mine) is type(stock)
+    for a, b in zip(mine.pooler_output, stock.pooler_output, strict=True):
+        assert torch.equal(a, b)
+    assert last_report(model) is report
+
+
+@pytest.mark.parametrize("cfg", [BOTH, "keep-all"], ids=["both", "keep-all"])
+def test_features_of_the_caller_and_placeholders_without_a_video_raise(model, inputs, cfg):
+    patched = logits(patch_model(model, cfg), inputs)
+    given = {k: v for k, v in inputs.items() if k != PIXELS}
+    given["mm_encoder_outputs"] = {"video": video_features(model, inputs)}
+    text = {k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask", "mm_token_type_ids")}
+    for call in (logits, tokens):
+        with pytest.raises(RuntimeError, match="computed by the caller"):
+            call(model, given)
+        with pytest.raises(RuntimeError, match="placeholders but no video"):
+            call(model, text)
+    assert torch.equal(logits(model, inputs), patched)
+
+
+REFUSED = pytest.mark.parametrize(("name", "value"), [("use_cache", False), ("prefill_chunk_size", 8)])
+
+
+@pytest.mark.parametrize("where", ["argument", "model", "GenerationConfig", "positional GenerationConfig"])
+@REFUSED
+def test_generate_refuses_what_cannot_be_right_before_any_work(model, inputs, name, value, where):
+    calls, config = [], GenerationConfig(**{name: value}, max_new_tokens=3)
+    tower_and_projector(model)[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    patch_model(model, BOTH)
+    extra, positional, rest = {}, (), dict(inputs)
+    if where == "argument":
+        extra = {name: value}
+    elif where == "model":
+        setattr(model.generation_config, name, value)
+    elif where == "GenerationConfig":
+        extra = {"generation_config": config}
+    else:
+        positional = (rest.pop("input_ids"), config)
+    with pytest.raises(ValueError, match=name):
+        model.generate(*positional, **rest, **extra)
+    assert not calls
+
+
+@REFUSED
+def test_without_an_inner_block_they_are_right(model, inputs, name, value):
+    expected = tokens(patch_model(model, OUTER), inputs)
+    # LLaVA's prompt has a chunk of which every token is dropped
+    assert torch.equal(tokens(model, inputs, **{name: value}), expected)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("cfg", [BOTH, OUTER, {**OUTER, "outer": {"at": "projector_output"}}, "keep-all"], ids=str)
+def test_pixels_that_are_not_finite(model, inputs, cfg, value):
+    """Reducing raises; keeping everything may also do what the stock model does, which is to answer NaN."""
+    stock = logits(model, poisoned(inputs, value))
+    patched = logits(patch_model(model, cfg), inputs)
+    if cfg == "keep-all":
+        with contextlib.suppress(ValueError):
+            assert torch.equal(logits(model, poisoned(inputs, value)).isnan(), stock.isnan())
+    else:
+        for call in (logits, tokens):
+            with pytest.raises(ValueError, match="not finite"):
+                call(model, poisoned(inputs, value))
+    assert torch.equal(logits(model, inputs), patched)
+
+
+@pytest.mark.parametrize("cfg", [OUTER, BOTH, "keep-all"], ids=["outer", "both", "keep-all"])
+def test_features_that_are_not_finite_are_never_taken_for_dropped_tokens(model, inputs, cfg):
+    list(tower_and_projector(model)[1].parameters())[-1][0] = float("nan")  # as an overflow in half precision would
+    assert logits(model, inputs)[:, -1].isnan().all()
+    patch_model(model, cfg)
+    with contextlib.suppress(ValueError):
+        assert logits(model, inputs)[:, -1].isnan().all()
+
+
+def test_labels_without_an_answer_raise(model, inputs):
+    patched = logits(patch_model(model, BOTH), inputs)
+    for labels in (torch.full_like(inputs["input_ids"], -100), inputs["input_ids"]):
+        with pytest.raises(ValueError, match="row 0 has no answer token"):
+            model(**inputs, labels=labels)
+    assert torch.equal(logits(model, inputs), patched)
+
+
+def test_a_custom_mask_raises_where_it_cannot_be_shortened(model, family, inputs):
+    n = inputs["input_ids"].shape[1]
+    mask = torch.zeros(1, 1, n, n).masked_fill(torch.ones(n, n).triu(1).bool(), -torch.inf)
+    positions = torch.arange(n).expand(*((1,) if family == "llava_onevision" else (3, 1)), -1)
+    custom = {**inputs, "position_ids": positions, "attention_mask": mask}
+    stock, patched = logits(model, custom), logits(patch_model(model, BOTH), inputs)
+    for cfg in (BOTH, OUTER):
+        with merging(model, cfg), pytest.raises(ValueError, match="mask of shape"):
+            model(**custom)
+    assert torch.equal(logits(model, inputs), patched)
+    assert torch.equal(logits(patch_model(model, "keep-all"), custom), stock)  # nothing is shortened
+
+
+# ---------------------------------------------------------------------- threads
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["two models", "one model"])
+def test_threads(family, shared):
+    first = patch_model(make_model(family), BOTH)
+    models = [first, first if shared else patch_model(make_model(family, seed=1), OUTER)]
+    prompts = [prompt(family, seed=s, frames=f) for s, f in ((0, 6), (3, 4))]
+    # Qwen's rope_deltas are state of the model in stock transformers: threads cannot share it for decoding
+    decodes = not shared or family == "llava_onevision"
+
+    def run(i):
+        with torch.no_grad():
+            out = logits(models[i], prompts[i])
+            report = last_report(models[i]).to_dict()["videos"]
+            return out, tokens(models[i], prompts[i]) if decodes else out, report
+
+    expected = [run(i) for i in range(2)]
+    assert expected[0][2] != expected[1][2]
+    with ThreadPoolExecutor(4) as pool:
+        for i, (out, answer, report) in enumerate(pool.map(run, [0, 1] * 6)):
+            assert torch.equal(out, expected[i % 2][0])
+            assert torch.equal(answer, expected[i % 2][1])
+            assert report == expected[i % 2][2]
+
+
+def test_a_thread_may_end_its_forward_while_another_is_inside_the_tower(model, inputs):
+    """Hooks that live for one call come and go on shared modules: another thread must not trip over them."""
+    patched = logits(patch_model(model, BOTH), inputs)
+    who, first_inside, second_inside, first_done = threading.local(), *(threading.Event() for _ in range(3))
+
+    def meet(*_):
+        if who.name == "first" and not first_inside.is_set():
+            first_inside.set()
+            second_inside.wait(20)
+        elif who.name == "second" and not second_inside.is_set():
+            second_inside.set()
+            first_done.wait(20)
+
+    tower_and_projector(model)[1].register_forward_pre_hook(meet, prepend=True)
+
+    def run(name):
+        who.name = name
+        if name == "second":
+            first_inside.wait(20)
+        try:
+            with torch.no_grad():
+                return logits(model, inputs)
+        finally:
+            if name == "first":
+                first_done.set()
+
+    with ThreadPoolExecutor(2) as pool:
+        for result in pool.map(run, ("first", "second")):
+            assert torch.equal(result, patched)
+
+
+# ---------------------------------------------------------------------- versions, compile, PEFT, accelerate, saving
+
+
+@pytest.mark.parametrize("version", ["4.57.6", "5.15.1", "5.24.0", "6.0.0", "5.16.0", "5.23.9", "5.23.0.dev0"])
+def test_an_untested_transformers_version_warns_once(model, version, monkeypatch):
+    monkeypatch.setattr(transformers, "__version__", version)
+    holimerge.api._check_version.cache_clear()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            patch_model(model, BOTH)
+    holimerge.api._check_version.cache_clear()
+    ours = [w for w in seen if "tested with transformers" in str(w.message)]
+    assert len(ours) == (0 if version.startswith(("5.16", "5.23")) else 1)
+    assert all(version in str(w.message) and w.filename == __file__ for w in ours)
+
+
+def test_a_model_compiled_before_is_not_silently_wrong(family):
+    """LLaVA's whole forward and Qwen's language model (for time)."""
+    inputs, cfg = prompt(family, frames=2), {**OUTER, "inner": {"layer": 1}}
+    model = call = make_model(family, num_hidden_layers=2)
+    stock, patched = logits(model, inputs), logits(patch_model(model, cfg), inputs)
+    unpatch_model(model)
+    torch._dynamo.reset()
+    if family == "llava_onevision":
+        call = torch.compile(model.forward, backend="eager")
+    else:
+        model.model.language_model.compile(backend="eager")
+    torch.testing.assert_close(call(**inputs).logits, stock)
+    patch_model(model, cfg)
+    torch.testing.assert_close(call(**inputs).logits, patched)
+    unpatch_model(model)
+    torch.testing.assert_close(call(**inputs).logits, stock)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_peft_equals_merged_weights(model, inputs, order):
+    if order == "before":
+        patch_model(model, BOTH)
+    torch.manual_seed(1)
+    targets = r".*language_model.*(q_proj|k_proj|v_proj|up_proj)"
+    lora = peft.get_peft_model(model, peft.LoraConfig(target_modules=targets, init_lora_weights=False, r=2)).eval()
+    if order == "after":
+        assert patch_model(lora, BOTH) is lora
+    mine, answer = logits(lora, inputs), tokens(lora, inputs)
+    assert last_report(lora).videos[0].after_inner == last_report(model).videos[0].after_inner > 0
+    assert unpatch_model(lora) is lora
+    merged = copy.deepcopy(lora).merge_and_unload()
+    stock = logits(merged, inputs)
+    torch.testing.assert_close(logits(lora, inputs), stock, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(mine, logits(patch_model(merged, BOTH), inputs), atol=1e-4, rtol=1e-4)
+    assert torch.equal(answer, tokens(merged, inputs))
+    assert (mine - stock).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("kind", ["dispatch", "dispatch patched", "cpu_offload", "disk_offload"])
+def test_accelerate(model, family, inputs, kind, tmp_path):
+    cpu, stock, answer = torch.device("cpu"), logits(model, inputs), tokens(model, inputs)
+    patched, short = logits(patch_model(model, BOTH), inputs), tokens(model, inputs)
+    if "patched" not in kind:
+        unpatch_model(model)
+    if kind == "cpu_offload":
+        accelerate.cpu_offload(model, execution_device=cpu)
+    elif kind == "disk_offload":
+        accelerate.disk_offload(model, tmp_path, execution_device=cpu)
+    else:
+        accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    # stock LLaVA-OneVision cannot generate offloaded: its newline stays on the meta device outside forward
+    decodes = "dispatch" in kind or family != "llava_onevision"
+    patch_model(model, BOTH)
+    assert torch.equal(logits(model, inputs), patched)
+    assert not decodes or torch.equal(tokens(model, inputs), short)
+    unpatch_model(model)
+    assert torch.equal(logits(model, inputs), stock)
+    assert not decodes or torch.equal(tokens(model, inputs), answer)
+
+
+def test_a_patched_model_saves_the_plain_model(model, inputs, tmp_path):
+    stock = logits(model, inputs)
+    logits(patch_model(model, BOTH), inputs)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    assert torch.equal(logits(again, inputs), stock)
+    assert again.state_dict().keys() == model.state_dict().keys()
+    assert "holimerge" not in "".join(p.read_text() for p in tmp_path.glob("*.json"))
+
+
+# ---------------------------------------------------------------------- the report
+
+FIELDS = {"frames", "grid", "features", "entering", "after_inner", "separators", "segments", "kept_per_frame"}
+
+
+@pytest.mark.parametrize("cfg", ["holimerge-10", "holimerge-25", "holitom-10", "keep-all", OUTER, BOTH], ids=str)
+def test_report(model, family, cfg):
+    config, llava = load_config(cfg), family == "llava_onevision"
+    videos = [make_video(family, seed=s, frames=f) for s, f in ((0, 8), (1, 8 if llava else 4))]
+    patch_model(model, cfg)
+    for run in (logits, tokens):  # after generate, it tells about the prompt
+        run(model, build(family, [[5, *videos, 11]]))
+        report = last_report(model)
+        told = json.loads(report.to_json())
+        assert told == json.loads(report.to_json(indent=2))
+        assert set(told) == {"videos", "inner_layer", "milliseconds"}
+        assert told["inner_layer"] == (config.inner.resolve(4) if config.inner else None)
+        stages = {"vision", "splice", "prefill"} | ({"reduce", "project"} if config.budget else set())
+        assert set(told["milliseconds"]) == stages | ({"inner"} if config.inner else set())
+        assert all(ms >= 0 for ms in told["milliseconds"].values())
+        for video, here, frames in zip(report.videos, told["videos"], [8, 8] if llava else [4, 2], strict=True):
+            total = frames * (16 if llava else 12)
+            assert set(here) == FIELDS
+            assert here == json.loads(json.dumps({key: getattr(video, key, frames) for key in FIELDS}))
+            assert (here["grid"], here["separators"]) == ([4, 4] if llava else [3, 4], int(llava))
+            assert (here["features"], len(here["kept_per_frame"])) == (total, frames)
+            assert sum(here["kept_per_frame"]) == here["entering"] <= total
+            if config.budget is None:
+                assert (here["entering"], here["segments"]) == (total, [])
+            else:
+                assert not config.budget.exact or here["entering"] == config.budget.keep(total)
+                assert [t for a, b in here["segments"] for t in range(a, b + 1)] == list(range(frames))
+        after = [v["after_inner"] for v in told["videos"]]
+        if config.inner is None:
+            assert after == [None, None]
+        else:  # the share is of the prompt's video tokens together
+            assert sum(after) == config.inner.keep(sum(v["entering"] for v in told["videos"]))
+    logits(model, build(family, [[5, 6, 7]]))
+    assert last_report(model).videos == []
