@@ -24,6 +24,8 @@ class Call:
 
     opener: the module whose hook opened it and will close it.
     seen: tokens the caller counts in the cache.
+    reductions: one record per video, in the order of the placeholders; None in a chunk of a prompt.
+    dropping: whether some token of the prompt's videos was dropped or merged away.
     """
 
     handle: Handle
@@ -38,6 +40,7 @@ class Call:
     seen: int = 0
     reductions: list[MergeRecord] | None = None
     report: Report | None = None
+    dropping: bool = False
     packing: Packing | None = None
     continuation: Continuation | None = None
     inner: InnerRun | None = None
@@ -45,13 +48,19 @@ class Call:
 
 @dataclass
 class Prompt:
-    """The arguments of a running `generate`, for videos that are encoded before the first forward."""
+    """The arguments of a running `generate`, for videos that are encoded before the first forward.
+
+    chunked: whether the prompt will be prefilled in chunks.
+    dropping: whether some token of its videos was dropped or merged away.
+    """
 
     handle: Handle
     input_ids: Tensor | None
     inputs_embeds: Tensor | None
     attention_mask: Tensor | None
     seen: int
+    chunked: bool = False
+    dropping: bool = False
 
 
 CALL: ContextVar[Call | None] = ContextVar("holimerge_call", default=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -9,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+_REGISTERING = threading.Lock()  # torch numbers hooks without one
 _OWNER: ContextVar[object] = ContextVar("holimerge_capture_owner", default=None)
 
 
@@ -51,17 +53,19 @@ def captured(hooks: Sequence[tuple[nn.Module, str, Any]]) -> Iterator[dict[str, 
             if mine():
                 got[what] = output
 
-        def into(_m: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+        # A thread that is inside the module while another removes its hook calls that hook without keyword arguments.
+        def into(_m: nn.Module, _args: Any, kwargs: dict[str, Any] | None = None) -> None:
             if mine():
                 got[what] = kwargs
 
-        def pre(_m: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        def pre(_m: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> None:
             if mine():
-                what(first(args, kwargs))
+                what(first(args, kwargs or {}))
 
-        def swap(_m: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        def swap(_m: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> Any:
             if not mine():
                 return None
+            kwargs = kwargs or {}
             value = what(first(args, kwargs))
             if args:
                 return (value, *args[1:]), kwargs
@@ -81,10 +85,12 @@ def captured(hooks: Sequence[tuple[nn.Module, str, Any]]) -> Iterator[dict[str, 
 
     token = _OWNER.set(owner)
     try:
-        for module, kind, what in hooks:
-            add(module, kind, what)
+        with _REGISTERING:
+            for module, kind, what in hooks:
+                add(module, kind, what)
         yield got
     finally:
-        for handle in handles:
-            handle.remove()
+        with _REGISTERING:
+            for handle in handles:
+                handle.remove()
         _OWNER.reset(token)

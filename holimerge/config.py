@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,7 +64,8 @@ class Budget(Section):
         A `flops` budget needs the prompt: see `holimerge.cost.largest_budget`.
         """
         if self.retain is not None:
-            return min(total, max(1, math.floor(self.retain * total + 0.5)))
+            # the share as it is written: 0.009 of 1500 is 13.5, which floats put below the half
+            return min(total, max(1, math.floor(Fraction(str(self.retain)) * total + Fraction(1, 2))))
         if self.tokens is not None:
             return min(total, self.tokens)
         raise ValueError("a flops budget is solved for a prompt, not for a video alone")
@@ -108,7 +110,9 @@ class Inner(Section):
 
     def resolve(self, depth: int) -> int:
         """The decoder layer's index in a model of `depth` layers; ConfigError if there is no such layer."""
-        layer = max(1, round(self.layer * depth)) if isinstance(self.layer, float) else self.layer
+        layer = self.layer
+        if isinstance(layer, float):
+            layer = min(max(1, round(layer * depth)), depth - 1)
         if not 1 <= layer < depth:
             raise ConfigError(
                 f"inner.layer: {self.layer} is not a layer of this model; valid: 1 to {depth - 1}, "
@@ -176,11 +180,22 @@ class Config(Section):
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dict that `load_config` turns back into an equal configuration."""
-        return self.model_dump(exclude_none=True)
+        return _without_defaults_of_null(self)
 
     def to_yaml(self) -> str:
         """YAML text that `load_config` (as a file) turns back into an equal configuration."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+def _without_defaults_of_null(section: BaseModel) -> dict[str, Any]:
+    plain: dict[str, Any] = {}
+    for name, info in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            plain[name] = _without_defaults_of_null(value)
+        elif value is not None or info.default is not None:
+            plain[name] = value
+    return plain
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -190,7 +205,9 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 def _unique_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
     seen: dict[Any, Any] = {}
     for key_node, value_node in node.value:
-        key = loader.construct_object(key_node, deep=deep)
+        key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, str):
+            raise ConfigError(f"{key!r}: a key is a word (line {key_node.start_mark.line + 1})")
         if key in seen:
             raise ConfigError(f"{key}: given twice (line {key_node.start_mark.line + 1})")
         seen[key] = loader.construct_object(value_node, deep=True)
@@ -258,7 +275,7 @@ def _explain(error: ValidationError, data: Mapping[str, Any]) -> str:
     lines = []
     for e in error.errors():
         # a union's branches appear in the location ("layer", "int"): they are no keys of the user's
-        path = tuple(p for p in e["loc"] if p not in ("int", "float"))
+        path = e["loc"][:-1] if e["loc"][-2:-1] == ("layer",) else e["loc"]
         name = ".".join(map(str, path)) or "configuration"
         value, kind, ctx = e["input"], e["type"], e.get("ctx", {})
         if kind == "extra_forbidden":
@@ -269,6 +286,8 @@ def _explain(error: ValidationError, data: Mapping[str, Any]) -> str:
         elif kind == "value_error":
             shown = f"{value!r}: " if path and not isinstance(value, Mapping) else ""
             text = f"{shown}{ctx['error']}"
+        elif path == ("method",):
+            text = f"{value!r} is not valid; valid: {', '.join(list_methods())}"
         elif path and path[-1] == "layer":  # one wrong value, two branches of a union
             text = f"{value!r} is neither an index of at least 1 nor a share of the depth between 0 and 1"
         elif kind == "literal_error":
@@ -303,7 +322,11 @@ def load_config(cfg: str | os.PathLike[str] | Mapping[str, Any] | Config) -> Con
         if text in list_presets():
             data, origin = _with_base({"base": text}), f"preset {text}: "
         elif Path(text).is_file():
-            data, origin = _with_base(_parse_yaml(Path(text).read_text(encoding="utf-8"), text)), f"{text}: "
+            try:
+                content = Path(text).read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise ConfigError(f"{text}: not a UTF-8 text: {error}") from None
+            data, origin = _with_base(_parse_yaml(content, text)), f"{text}: "
         elif text.endswith((".yaml", ".yml")) or os.sep in text:
             raise FileNotFoundError(f"no configuration file {text!r}")
         else:

@@ -189,7 +189,8 @@ class Handle:
         ids = inputs if given_ids else kwargs.get("input_ids")
         cache = kwargs.get("past_key_values")
         seen = int(cache.get_seq_length()) if cache is not None else 0
-        prompt = Prompt(self, ids, kwargs.get("inputs_embeds"), kwargs.get("attention_mask"), seen)
+        chunked = setting("prefill_chunk_size") is not None
+        prompt = Prompt(self, ids, kwargs.get("inputs_embeds"), kwargs.get("attention_mask"), seen, chunked)
         token = PROMPT.set(prompt)
         try:
             return original(*args, **kwargs)
@@ -253,7 +254,12 @@ class Handle:
             call.report = getattr(encoded, "report", None)
             records = getattr(encoded, "reductions", None)
             features: Any = encoded.pooler_output
-            call.reductions = None if records is None else self.outer.expanded(call, records, len(features))
+            if records is not None:
+                call.reductions = self.outer.expanded(call, records, len(features))
+                call.dropping = any(r.kept < r.total for r in records)
+            else:
+                prompt = PROMPT.get()
+                call.dropping = prompt is not None and prompt.dropping
 
     def _leave_core(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         call = self.current()

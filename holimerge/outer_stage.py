@@ -56,6 +56,7 @@ class OuterStage:
             rows.append(row)
         return rows
 
+    @torch.compiler.disable  # hooks that come and go with a call cannot be traced
     def video_features(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         call, prompt = self.handle.current(), PROMPT.get()
         generating = prompt is not None and prompt.handle is self.handle
@@ -76,9 +77,21 @@ class OuterStage:
             for record, (_, rows, columns) in zip(records, grids, strict=True)
         ]
         output.reductions, output.report = records, report
+        dropping = any(r.kept < r.total for r in records)
         if call is not None:
-            call.reductions, call.report = records, report
+            call.reductions, call.report, call.dropping = records, report, dropping
+        elif prompt is not None:
+            prompt.dropping = dropping
+            if prompt.chunked and dropping:
+                self._check_finite(output, records)
         return output
+
+    def _check_finite(self, output: ReducedVideo, records: list[MergeRecord]) -> None:
+        """In a chunked prefill only NaN tells dropped tokens from kept ones, so a kept token must not hold it."""
+        features: Any = output.pooler_output
+        for video, record in zip(features, records, strict=True):
+            if not bool(torch.isfinite(video[record.slots]).all()):
+                raise ValueError("the projector's output holds values that are not finite (NaN or infinity)")
 
     def _stock(
         self, original: Callable[..., Any], arguments: dict[str, Any], grids: list[tuple[int, int, int]], report: Report

@@ -162,17 +162,22 @@ def pack(call: Call, kwargs: dict[str, Any], cache: Cache | None) -> Packing | N
     state = cache_state(cache)
     assert call.video_mask is not None
     placeholder = call.video_mask.to(device)
+    dropping = call.dropping
+    if not dropping and not handle.force_packing and handle.inner is None and state is None:
+        return None
     columns = token_mask(kwargs.get("attention_mask"), batch, length, cache, device)
     valid = columns[:, -length:]
-    marked = placeholder & embeds[..., 0].isnan()
-    keep = valid & ~marked
-    dropped = valid & marked
-
     sizes = torch.ones(batch, length, device=device)
     offset = torch.zeros(batch, length, dtype=torch.long, device=device)
     if call.reductions is not None:
         size, shift = placeholder_values(call.reductions, handle.family.separators, device)
         sizes, offset = sizes.masked_scatter(placeholder, size), offset.masked_scatter(placeholder, shift)
+        marked = placeholder & (sizes == 0)
+    else:  # a chunk of a prompt: only the features themselves still tell
+        marked = placeholder & embeds[..., 0].isnan() & dropping
+    keep = valid & ~marked
+    dropped = valid & marked
+
     video = placeholder & keep & (sizes > 0)
     # the one read of the device: how long the rows become, and how many video tokens they hold
     lengths, gone, counts = torch.stack([keep.sum(1), dropped.sum(1), video.sum(1)]).tolist()
@@ -180,7 +185,8 @@ def pack(call: Call, kwargs: dict[str, Any], cache: Cache | None) -> Packing | N
     moved = any(gone) or handle.force_packing
     if not moved and handle.inner is None and state is None:
         return None
-    width = max(lengths) if any(gone) else length
+    # a chunk of dropped tokens alone still needs one entry, which is padding
+    width = max(1, *lengths) if any(gone) else length
     index = right_aligned(keep, width) if moved else torch.arange(length, device=device).expand(batch, -1)
     real = keep.gather(1, index)
     prior, prior_padded = _prior(cache, state, columns, length)

@@ -138,6 +138,24 @@ def test_a_failed_patch_keeps_the_order_of_the_users_hooks(model):
     assert fingerprint(model) == looks
 
 
+@pytest.mark.parametrize("patched", [False, True], ids=["unpatched", "patched"])
+def test_an_error_in_the_middle_of_patching_leaves_nothing_half_patched(model, monkeypatch, patched):
+    unpatched = fingerprint(model)
+    looks = fingerprint(patch_model(model, OUTER)) if patched else unpatched
+    register, left = nn.Module.register_forward_pre_hook, [3]
+
+    def fails(*args, **kwargs):
+        left[0] -= 1
+        if left[0] == 0:
+            raise MemoryError
+        return register(*args, **kwargs)
+
+    monkeypatch.setattr(nn.Module, "register_forward_pre_hook", fails)
+    with pytest.raises(MemoryError):
+        patch_model(model, BOTH)
+    assert fingerprint(model) in (looks, unpatched)
+
+
 def test_tensor_parallel_is_refused(model):
     model._tp_size = 2
     before = fingerprint(model)
