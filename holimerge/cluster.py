@@ -8,28 +8,30 @@ from torch import Tensor
 
 
 def pairwise_distances(x: Tensor, valid: Tensor) -> Tensor:
-    """Euclidean distances over sqrt(D) inside each set.
+    """Squared Euclidean distances over D inside each set.
 
     Args:
-        x: [S, n, D] float32 or float64.
+        x: [S, n, D] float32 or float64, zero in rows of padding; overwritten.
         valid: [S, n] bool; rows of padding are infinitely far from everything.
 
     Returns:
-        [S, n, n] squared distances, 0 on the diagonal of valid rows.
+        [S, n, n], symmetric, 0 on the diagonal of valid rows.
     """
     # Distances survive a shift; near the origin the subtraction below loses the fewest digits.
-    x = (x - (x * valid[..., None]).sum(1, keepdim=True) / valid.sum(1)[:, None, None].clamp_min(1)) * valid[..., None]
-    square = x.square().sum(-1)
-    gap = (square[:, :, None] + square[:, None, :] - 2 * x @ x.mT).clamp_min(0) / x.shape[-1]
-    gap.diagonal(dim1=1, dim2=2).zero_()
-    return gap.masked_fill(~(valid[:, :, None] & valid[:, None, :]), torch.inf)
+    x.sub_(x.sum(1, keepdim=True).div_(valid.sum(1)[:, None, None].clamp_min(1)))
+    product = x @ x.mT
+    square = product.diagonal(dim1=1, dim2=2)
+    # summed with its own transpose: exactly symmetric, so that mutual neighbours tie, and exactly 0 on the diagonal
+    gap = square[:, :, None] + square[:, None, :] - (product + product.mT)
+    gap.clamp_min_(0).div_(x.shape[-1])
+    return gap.masked_fill_(~(valid[:, :, None] & valid[:, None, :]), torch.inf)
 
 
 def density_peaks(x: Tensor, valid: Tensor, centres: Tensor, neighbours: int, most: int) -> Tensor:
     """Assign the points of each set to its density peaks.
 
     Args:
-        x: [S, n, D] float32 or float64, padded point sets; padding stands behind the points.
+        x: [S, n, D] float32 or float64, padded point sets; padding is zero, behind the points. Overwritten.
         valid: [S, n] bool, which rows are points.
         centres: [S] int64, how many centres each set gets, at least 1 and at most its number of points.
         neighbours: the density of a point is exp(-mean of its k smallest squared distances, its own 0 included), with

@@ -193,8 +193,8 @@ def exact_cost(
         projected (4 taps for each LLaVA token, its own 4 patches for each Qwen token, also in Qwen3-VL's deepstack
         mergers); if nothing is removed the stock projector runs.
     static_sets: sizes of the static sets that are clustered, in segment order.
-    scored: an outer reduction ran: received attention (q k^T of one tower layer, for every frame) and the cosines of
-        neighbouring frames.
+    scored: an outer reduction ran that needs received attention (q k^T of one tower layer, for every frame). The
+        cosines of neighbouring frames are elementwise products, no matrix work, and not counted.
     logits: "all" counts the caller's prompt length, which a patched model restores.
     matched: False for an inner ``merge: drop``.
     decision_width: width of the features that decide, default `VisionShape.decision_width` before the projector and
@@ -217,7 +217,6 @@ def exact_cost(
     if at == "projector_input" and entering < full:
         rows = entering * vision.rows_per_token
     width = decision_width or (vision.decision_width if at == "projector_input" else text.width)
-    cosines = 2 * max(0, full - vision.tokens_per_step(grid)) * width  # (T - 1) N dot products
     inner = 0
     if after_inner is not None:
         inner = inner_cost(text, rest + entering, entering - after_inner, after_inner, matched=matched)
@@ -225,7 +224,7 @@ def exact_cost(
         vision=tower(vision, steps, grid),
         received_attention=2 * steps * patches**2 * vision.width if scored else 0,
         projector=project(vision, rows),
-        reduction=cluster_cost(static_sets, width) + (cosines if scored else 0),
+        reduction=cluster_cost(static_sets, width),
         prefill=llm_prefill_exact(
             text, rest + entering, None if after_inner is None else rest + after_inner, inner_layer, logits=0
         ),

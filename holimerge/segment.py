@@ -19,16 +19,26 @@ def pair_cosines(x: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         cosines [T-1, N] and norms [T, N], both float32 (float64 for float64); a zero vector has cosine 0.
     """
+    frames, per_frame, width = x.shape
     dtype = torch.promote_types(x.dtype, torch.float32)
-    # Frame by frame, so that no float32 copy of all features is held; on a GPU the copies would be many launches.
-    step = x.shape[0] if x.is_cuda else 8
-    dots, norms = [], []
-    for start in range(0, x.shape[0], step):
-        part = x[start : start + step + 1].to(dtype)
-        norms.append(torch.linalg.vector_norm(part[:step], dim=-1))
-        dots.append(torch.einsum("tnd,tnd->tn", part[:-1], part[1:]))
-    norm = torch.cat(norms)
-    return torch.cat(dots) / (norm[:-1] * norm[1:]).clamp_min(1e-12), norm
+    dots = x.new_empty(max(frames - 1, 0), per_frame, dtype=dtype)
+    norm = x.new_empty(frames, per_frame, dtype=dtype)
+    # A few frames at a time through the same buffers: no float32 copy of all features is held, and on a CPU fresh
+    # memory costs more than the arithmetic. On a GPU fewer, larger steps are faster.
+    step = min(frames, 32 if x.is_cuda else 1)
+    product, *copies = (x.new_empty(step, per_frame, width, dtype=dtype) for _ in range(3 if x.dtype != dtype else 1))
+    for start in range(0, frames, step):
+        here = x[start : start + step]
+        there = x[start + 1 : start + 1 + step]
+        if copies:
+            here = copies[0][: here.shape[0]].copy_(here)
+            there = copies[1][: there.shape[0]].copy_(there)
+        torch.linalg.vector_norm(here, dim=-1, out=norm[start : start + step])
+        pairs = there.shape[0]
+        if pairs:
+            torch.mul(here[:pairs], there, out=product[:pairs])
+            torch.sum(product[:pairs], dim=-1, out=dots[start : start + pairs])
+    return dots / (norm[:-1] * norm[1:]).clamp_min(1e-12), norm
 
 
 def run_lengths(static: Tensor) -> Tensor:

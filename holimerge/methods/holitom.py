@@ -19,7 +19,7 @@ from ..segment import optimal_segments, pair_cosines, run_lengths, window_counts
 from ..tokens import MergeRecord, Target, VideoTokens
 from .base import Method
 
-_CLUSTER_CHUNK = 64  # segments clustered at once: bounds the padded copy of their static tokens
+_CLUSTER_CHUNK = 64  # segments clustered at once, at most
 
 
 class HolitomOptions(OuterOptions):
@@ -80,8 +80,11 @@ def _cluster_static(
     """
     device = x.device
     cells, centres, weights = [], [], []
-    for begin in range(0, len(which), _CLUSTER_CHUNK):
-        chunk = which[begin : begin + _CLUSTER_CHUNK]
+    # bounds the padded copy of the static tokens; small enough on a CPU that its allocator reuses the memory
+    most = max(static[s] for s in which) * x.shape[-1] * 4
+    step = max(1, min(_CLUSTER_CHUNK, (2**30 if x.is_cuda else 2**24) // most))
+    for begin in range(0, len(which), step):
+        chunk = which[begin : begin + step]
         picked = torch.tensor(chunk, device=device)
         size = torch.tensor([static[s] for s in chunk], device=device)
         width = max(static[s] for s in chunk)
@@ -107,18 +110,21 @@ def _flatten_index(sizes: list[int], width: int, device: torch.device) -> Tensor
 def _temporal_means(x: Tensor, layout: _Layout, chunk: list[int], position: Tensor, static: list[int]) -> Tensor:
     """[S, n, D] float32: the mean over its segment's frames of every static position, padding zero."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    frames, per_frame, width = x.shape
-    flat = x.reshape(frames * per_frame, width)
-    means = torch.zeros(*position.shape, width, dtype=dtype, device=x.device)
-    for row, s in enumerate(chunk):
+    frames, per_frame, depth = x.shape
+    flat, device = x.reshape(frames * per_frame, depth), x.device
+    width = position.shape[1]
+    rows, sizes = [], []
+    for row, s in enumerate(chunk):  # the frames of one group side by side
         n, (first, last) = static[s], layout.segments[s]
-        for begin in range(first, last + 1, 64):  # bounds the float32 copy of a long segment
-            rows = (
-                position[row, :n] + torch.arange(begin, min(begin + 64, last + 1), device=x.device)[:, None] * per_frame
-            )
-            means[row, :n] += flat[rows].to(dtype).sum(0)
-        means[row, :n] /= last - first + 1
-    return means
+        frame = torch.arange(first, last + 1, device=device) * per_frame
+        rows.append((position[row, :n, None] + frame).flatten())
+        sizes += [last - first + 1] * n + [0] * (width - n)  # a group of padding is empty: its mean is zero
+    index = torch.cat(rows)
+    size = torch.tensor(sizes, device=device)
+    if flat.dtype != dtype:
+        flat, index = flat[index].to(dtype), torch.arange(index.shape[0], device=device)
+    means = torch.nn.functional.embedding_bag(index, flat, size.cumsum(0) - size, mode="mean")
+    return means.view(len(chunk), width, depth)
 
 
 def _release(x: Tensor, layout: _Layout, amount: int) -> tuple[Tensor, Tensor, Tensor]:
