@@ -116,7 +116,8 @@ def merging(model: ModelT, cfg: ConfigLike) -> Iterator[ModelT]:
         yield model
     finally:
         if old is None:
-            unpatch_model(model)
+            if _handle(model) is not None:  # unless the block did it
+                unpatch_model(model)
         else:
             patch_model(model, old.config)
 

@@ -28,6 +28,7 @@ class CacheState:
     inner_layer: k, or None if there was no inner merge.
     inner_mask: [B, P'] bool, the same as `mask` for layers k and above.
     inner_padded: whether `inner_mask` has a False.
+    contiguous: the rule the positions of its tokens follow.
     """
 
     hidden: int
@@ -38,6 +39,7 @@ class CacheState:
     inner_layer: int | None = None
     inner_mask: Tensor | None = None
     inner_padded: bool = False
+    contiguous: bool = False
 
     def rows(self, index: Tensor) -> CacheState:
         """The state of the rows `index` [B'] int64."""
@@ -58,6 +60,10 @@ class _MergedCache(Cache):
     """Mixed in before the cache's own class."""
 
     _holimerge: CacheState | None
+    _stock: type[Cache]
+
+    def __reduce__(self) -> Any:
+        return _restored, (self._stock, self.__dict__)
 
     def held(self, layer: int = 0) -> int:
         """Entries layer `layer` holds, padding included."""
@@ -105,7 +111,14 @@ class _MergedCache(Cache):
 
 @memoize
 def _merged_class(cls: Any) -> type[Cache]:
-    return type(f"Merged{cls.__name__}", (_MergedCache, cls), {})
+    return type(f"Merged{cls.__name__}", (_MergedCache, cls), {"_stock": cls})
+
+
+def _restored(cls: Any, attributes: dict[str, Any]) -> Cache:
+    """A copied or unpickled cache."""
+    cache = cls.__new__(_merged_class(cls))
+    cache.__dict__.update(attributes)
+    return cache
 
 
 def cache_state(cache: Cache | None) -> CacheState | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from transformers import Cache
 
 from .report import Report
 from .tokens import MergeRecord
@@ -23,9 +24,10 @@ class Call:
     """One forward of one patched model, from its first hook to its last.
 
     opener: the module whose hook opened it and will close it.
-    seen: tokens the caller counts in the cache.
     reductions: one record per video, in the order of the placeholders; None in a chunk of a prompt.
     dropping: whether some token of the prompt's videos was dropped or merged away.
+    reached: how far it came, "core" or "language model". A second arrival there means that the call was broken off by
+        something torch's hooks do not see (Ctrl-C) and was never closed.
     """
 
     handle: Handle
@@ -37,13 +39,19 @@ class Call:
     input_ids: Tensor | None = None
     inputs_embeds: Tensor | None = None
     attention_mask: Tensor | None = None
-    seen: int = 0
+    cache: Cache | None = None
     reductions: list[MergeRecord] | None = None
     report: Report | None = None
     dropping: bool = False
+    reached: str = ""
     packing: Packing | None = None
     continuation: Continuation | None = None
     inner: InnerRun | None = None
+
+    @property
+    def seen(self) -> int:
+        """Tokens the caller counts in the cache. With a static cache the device is asked, so ask when needed only."""
+        return 0 if self.cache is None else int(self.cache.get_seq_length())
 
 
 @dataclass
@@ -51,6 +59,7 @@ class Prompt:
     """The arguments of a running `generate`, for videos that are encoded before the first forward.
 
     chunked: whether the prompt will be prefilled in chunks.
+    report: of the videos that were encoded for it.
     dropping: whether some token of its videos was dropped or merged away.
     """
 
@@ -61,6 +70,7 @@ class Prompt:
     seen: int
     chunked: bool = False
     dropping: bool = False
+    report: Report | None = None
 
 
 CALL: ContextVar[Call | None] = ContextVar("holimerge_call", default=None)

@@ -22,6 +22,7 @@ from pydantic import (
     model_validator,
 )
 
+from .cost import inner_kept
 from .registry import list_methods, list_presets, method_module, nearest, preset_text
 
 
@@ -122,7 +123,7 @@ class Inner(Section):
 
     def keep(self, count: int) -> int:
         """How many of `count` video tokens stay: Python's round (half to even, as the authors'), at least one."""
-        return max(1, round(count * self.retain)) if count else 0
+        return inner_kept(count, self.retain) if count else 0
 
 
 class Config(Section):

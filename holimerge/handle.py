@@ -29,7 +29,7 @@ from transformers import DynamicCache
 
 from .cache import cache_state
 from .call import CALL, PROMPT, Call, Prompt, by_name
-from .config import Config, ConfigError
+from .config import Config
 from .inner_stage import InnerStage
 from .outer_stage import OuterStage, ReducedVideo
 from .registry import method_module
@@ -70,6 +70,7 @@ class Handle:
         self.lm: Any = family.language_model(model)
         self.force_packing = False  # tests: run the packing although nothing was dropped
         self._hooks: list[Any] = []
+        self._latest: Report | None = None  # for a thread that only watches, as a streamer's reader does
         self._attributes: list[tuple[nn.Module, str, Any]] = []
         self.outer = OuterStage(self)
         self.inner: InnerStage | None = None
@@ -124,9 +125,9 @@ class Handle:
 
     @property
     def report(self) -> Report:
-        found = _LAST.reports.get(self)
+        found = _LAST.reports.get(self) or self._latest
         if found is None:
-            raise RuntimeError("no forward has run since the model was patched (in this thread)")
+            raise RuntimeError("no forward has run since the model was patched")
         return found
 
     @property
@@ -183,13 +184,25 @@ class Handle:
                     "prefill_chunk_size: each chunk would merge with its own last token as the query; "
                     "prefill in one piece, or use a configuration without an inner block"
                 )
-            if setting("cache_implementation") is not None:
+            static = getattr(kwargs.get("past_key_values"), "is_compileable", False)
+            if setting("cache_implementation") is not None or static:
                 kwargs["disable_compile"] = True  # lengths that differ by layer break the compiled decoding step
         given_ids = isinstance(inputs, Tensor) and not inputs.is_floating_point()
         ids = inputs if given_ids else kwargs.get("input_ids")
         cache = kwargs.get("past_key_values")
         seen = int(cache.get_seq_length()) if cache is not None else 0
         chunked = setting("prefill_chunk_size") is not None
+        if chunked and self.config.outer is not None:
+            if self.config.outer.order == "segment" and not self.contiguous:
+                raise ValueError(
+                    "prefill_chunk_size: with outer.order 'segment' and original positions a token's position may lie "
+                    "in another chunk; prefill in one piece, or use order 'raster' or contiguous positions"
+                )
+            if self.contiguous and self.family.mrope:
+                raise ValueError(
+                    "prefill_chunk_size: contiguous positions of several axes need the whole prompt; "
+                    "prefill in one piece, or use original positions"
+                )
         prompt = Prompt(self, ids, kwargs.get("inputs_embeds"), kwargs.get("attention_mask"), seen, chunked)
         token = PROMPT.set(prompt)
         try:
@@ -200,6 +213,9 @@ class Handle:
     # ------------------------------------------------------------------ the outer forward
 
     def _open(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        stale = self.current()
+        if stale is not None and stale.opener is module:  # broken off: no forward runs inside itself
+            CALL.set(None)
         call = Call(self, module, labels=by_name(module, args, kwargs).get("labels"))
         call.token = CALL.set(call)
 
@@ -211,18 +227,20 @@ class Handle:
     # ------------------------------------------------------------------ the core
 
     def _enter_core(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if self.current() is None:  # the core was called directly
+        call = self.current()
+        if call is None or call.reached:  # the core was called directly
+            CALL.set(None)
             self._open(module, args, kwargs)
         call = self.current()
         assert call is not None
+        call.reached = "core"
         self._find_video(call, by_name(module, args, kwargs))
 
     def _find_video(self, call: Call, given: dict[str, Any]) -> None:
         encoded = (given.get("mm_encoder_outputs") or {}).get("video")
         pixels = given.get("pixel_values_videos")
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
-        cache = given.get("past_key_values")
-        call.seen = int(cache.get_seq_length()) if cache is not None else 0
+        call.cache = given.get("past_key_values")
         if encoded is None and pixels is None:
             if (
                 ids is not None
@@ -243,13 +261,6 @@ class Handle:
         call.input_ids, call.inputs_embeds = ids, embeds
         call.attention_mask = given.get("attention_mask")
         call.video_mask = self.family.video_mask(self.core, ids, embeds)
-        if self.contiguous and self.family.mrope and ids is not None:
-            image = getattr(self.core.config, "image_token_id", None)
-            if image is not None and bool((ids == image).any()):
-                raise ConfigError(
-                    "outer.positions: 'contiguous' would flatten the positions of the images in this prompt; "
-                    "use 'original'"
-                )
         if encoded is not None:
             call.report = getattr(encoded, "report", None)
             records = getattr(encoded, "reductions", None)
@@ -259,29 +270,50 @@ class Handle:
                 call.dropping = any(r.kept < r.total for r in records)
             else:
                 prompt = PROMPT.get()
-                call.dropping = prompt is not None and prompt.dropping
+                if prompt is not None:
+                    call.dropping, call.report = prompt.dropping, prompt.report
 
-    def _leave_core(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def _leave_core(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         call = self.current()
-        states = getattr(output, "video_hidden_states", None)
-        if call is not None and call.has_video and states is not None:
-            output.video_hidden_states = states.nan_to_num(nan=0.0)  # rows of dropped tokens
-        self._close(module, args, kwargs, output)
+        try:
+            if call is None or not call.dropping or output is None:
+                return output
+            # rows of dropped tokens
+            if isinstance(output, tuple):
+                rows = [isinstance(x, Tensor) and x.ndim == 2 and x.is_floating_point() for x in output]
+                return tuple(x.nan_to_num(nan=0.0) if row else x for x, row in zip(output, rows, strict=True))
+            if getattr(output, "video_hidden_states", None) is not None:
+                output.video_hidden_states = output.video_hidden_states.nan_to_num(nan=0.0)
+            return output
+        finally:
+            self._close(module, args, kwargs, output)
 
     # ------------------------------------------------------------------ the language model
 
     def _enter_lm(self, module: Any, args: Any, kwargs: Any) -> Any:
         call = self.current()
-        if call is None:
+        if call is None or call.reached != "core":  # the language model was called directly
             return None
+        call.reached = "language model"
         cache, embeds = kwargs.get("past_key_values"), kwargs["inputs_embeds"]
         if not call.has_video:
-            if embeds.shape[1] > 1 and call.seen == 0:
-                _LAST.reports[self] = Report()
+            if cache is None or ((embeds.shape[1] > 1 or not cache.is_compileable) and call.seen == 0):
+                self._reported(Report())
             state = cache_state(cache)
-            return None if state is None else (args, continue_over(call, kwargs, state))
+            if state is None:
+                return None
+            self._check_cache(state)
+            return args, continue_over(call, kwargs, state)
         report = call.report = call.report or Report()
-        if cache is None and _uses_cache(module, kwargs):
+        checkpointing = module.training and getattr(module, "gradient_checkpointing", False)
+        if checkpointing and self.inner is not None:
+            raise ValueError(
+                "gradient checkpointing: layers are run again without the inner merge's state; "
+                "turn it off, or use a configuration without an inner block"
+            )
+        if cache_state(cache) is not None:
+            self._check_cache(cache_state(cache))
+        if cache is None and not checkpointing and _uses_cache(module, kwargs):
             cache = DynamicCache(config=module.config)
             kwargs = {**kwargs, "past_key_values": cache}
         with report.clock.stage("splice", embeds.device):
@@ -305,12 +337,25 @@ class Handle:
         call.report.clock.stop("prefill", kwargs["inputs_embeds"].device)
         if call.packing is not None:
             unpack(call, output)
-        _LAST.reports[self] = call.report
+        self._reported(call.report)
         if call.reductions is not None:
             owners = None if call.inner is None else call.inner.owners
             _LAST.selections[self] = Selection(list(call.reductions), owners)
             if owners is not None:
                 self._report_inner(call, owners)
+
+    def _reported(self, report: Report) -> None:
+        _LAST.reports[self] = self._latest = report
+
+    def _check_cache(self, state: Any) -> None:
+        """A cache must go on as it began."""
+        layer = None if self.inner is None else self.inner.layer
+        if (state.inner_layer is not None and state.inner_layer != layer) or state.contiguous != self.contiguous:
+            raise RuntimeError(
+                "this cache was filled under another configuration "
+                f"(inner merge at {state.inner_layer}, {'contiguous' if state.contiguous else 'original'} positions); "
+                "finish a conversation before patching anew"
+            )
 
     def _report_inner(self, call: Call, owners: list[Tensor]) -> None:
         """Tell each video's report which of its tokens the inner merge kept."""
@@ -318,7 +363,9 @@ class Handle:
         assert call.reductions is not None
         assert call.report is not None
         of_record = {id(video.record): video for video in call.report.videos}
-        for row, owner in zip(self.outer.videos_by_row(call.video_mask, call.reductions), owners, strict=True):
+        for row, owner in zip(
+            self.outer.videos_by_row(call.video_mask, [r.total for r in call.reductions]), owners, strict=True
+        ):
             kept = owner == torch.arange(owner.shape[0], device=owner.device)
             for video, flags in zip(row, kept.split([call.reductions[v].kept for v in row]), strict=True):
                 of_record[id(call.reductions[video])].inner_kept = flags

@@ -27,6 +27,7 @@ class InnerRun:
     """The inner merge of one prefill.
 
     query: [B] int64, the packed column whose attention ranks the video tokens.
+    held, alike: entries that layer k's cache holds, and whether layer 0's holds as many.
     scores: [B, P] float32, filled at layer k - 1.
     index, real: [B, P'] columns of the packing that go on above layer k (None: all).
     owners: per row, the owner of each entering video token.
@@ -38,6 +39,7 @@ class InnerRun:
     prior: Tensor | None = None
     prior_padded: bool = False
     held: int = 0
+    alike: bool = True
     scores: Tensor | None = None
     index: Tensor | None = None
     real: Tensor | None = None
@@ -47,7 +49,7 @@ class InnerRun:
 
     def state_after(self, state: CacheState) -> CacheState:
         """The cache's state with the shorter upper layers in it."""
-        if self.real is None:
+        if self.real is None:  # nothing went, and the cache's layers are all alike
             return replace(state, inner_layer=self.layer, inner_mask=state.mask, inner_padded=state.padded)
         mask = joined(self.prior, self.real, self.held)
         return replace(state, inner_layer=self.layer, inner_mask=mask, inner_padded=self.padded)
@@ -100,7 +102,8 @@ class InnerStage:
         prior, padded = packing.prior, packing.prior_padded
         if state is not None and state.inner_mask is not None:
             prior, padded = extended(state.inner_mask, held), state.inner_padded
-        call.inner = InnerRun(query, self.layer, cache, prior, padded, held)
+        alike = held == held_length(cache)
+        call.inner = InnerRun(query, self.layer, cache, prior, padded, held, alike)
 
     def _before_answer(self, call: Call, labels: Tensor) -> Tensor:
         packing = call.packing
@@ -147,7 +150,8 @@ class InnerStage:
             keys = self.handle.family.keys(attention, hidden, cos, sin)
         column = torch.arange(held + width, device=hidden.device)
         allowed = joined(packing.prior, real, held) & (column <= held + here)
-        run.scores = query_attention(q, keys, allowed, attention.scaling)[:, held:]
+        with torch.autocast(hidden.device.type, enabled=False):
+            run.scores = query_attention(q, keys, allowed, attention.scaling)[:, held:]
 
     def _enter_layer(self, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         call = self.handle.current()
@@ -158,7 +162,8 @@ class InnerStage:
         if call.inner is not None:
             if first:
                 assert call.report is not None
-                with call.report.clock.stage("inner", hidden.device), torch.no_grad():
+                off = torch.autocast(hidden.device.type, enabled=False)
+                with call.report.clock.stage("inner", hidden.device), torch.no_grad(), off:
                     owners = self._owners(call, hidden)
                 hidden = self._merge(call, hidden, owners, kwargs)
             return (hidden, *args[1:]), {**kwargs, **_on(call.inner.arguments, hidden.device)}
@@ -201,7 +206,8 @@ class InnerStage:
             return owners
         keep = [self.options.keep(n) for n in packing.counts]
         if keep == packing.counts:
-            return None
+            # an earlier turn's merge left these layers a shorter cache, so that they need masks of their own
+            return None if run.alike else torch.arange(most, device=device).repeat(len(keep), 1)
         assert run.scores is not None
         where = _columns(packing.video.to(device), most)
         states = hidden.detach().gather(1, where[..., None].expand(-1, -1, hidden.shape[-1]))
@@ -238,11 +244,10 @@ class InnerStage:
             leaving = (owners != position) & (position < torch.tensor(counts, device=device)[:, None])
             gone = torch.zeros_like(packing.real, device=device).scatter(1, where, leaving)
             keep = packing.real.to(device) & ~gone
-            lengths = (
-                [n - (v - self.options.keep(v)) for n, v in zip(packing.lengths, counts, strict=True)]
-                if self.handle.replay is None
-                else keep.sum(1).tolist()
-            )
+            if self.handle.replay is None:
+                lengths = [n - (v - self.options.keep(v)) for n, v in zip(packing.lengths, counts, strict=True)]
+            else:
+                lengths = keep.sum(1).tolist()
             width = max(lengths)
             run.index = right_aligned(keep, width)
             run.real = keep.gather(1, run.index)

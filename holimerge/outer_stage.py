@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .allocation import largest_remainder
-from .call import PROMPT, Call, Prompt
+from .call import CALL, PROMPT, Call, Prompt
 from .config import ConfigError
 from .cost import largest_budget
 from .report import Report, VideoReport
@@ -40,12 +41,11 @@ class OuterStage:
         if times == 1:
             return records
         assert call.video_mask is not None
-        rows = self.videos_by_row(call.video_mask[::times], records)
+        rows = self.videos_by_row(call.video_mask[::times], [r.total for r in records])
         return [records[v] for row in rows for _ in range(times) for v in row]
 
-    def videos_by_row(self, mask: Tensor, records: list[MergeRecord] | list[int]) -> list[list[int]]:
-        """Which videos each row holds, from the number of its placeholders."""
-        lengths = [r if isinstance(r, int) else r.total for r in records]
+    def videos_by_row(self, mask: Tensor, lengths: list[int]) -> list[list[int]]:
+        """Which videos each row holds, from the number of its placeholders and of the videos' tokens."""
         rows, video = [], 0
         for wanted in mask.sum(1).tolist():
             row: list[int] = []
@@ -60,6 +60,9 @@ class OuterStage:
     def video_features(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         call, prompt = self.handle.current(), PROMPT.get()
         generating = prompt is not None and prompt.handle is self.handle
+        if call is not None and not generating and not _inside_a_forward():
+            CALL.set(None)  # a call that was broken off and never closed
+            call = None
         if call is None and not generating:
             return original(*args, **kwargs)  # the user's own call
         bound = inspect.signature(original).bind_partial(*args, **kwargs)
@@ -81,7 +84,7 @@ class OuterStage:
         if call is not None:
             call.reductions, call.report, call.dropping = records, report, dropping
         elif prompt is not None:
-            prompt.dropping = dropping
+            prompt.dropping, prompt.report = dropping, report
             if prompt.chunked and dropping:
                 self._check_finite(output, records)
         return output
@@ -125,7 +128,10 @@ class OuterStage:
             )
         replay = self.handle.replay
         records = []
-        with report.clock.stage("reduce", device), torch.no_grad():
+        if replay is not None and len(replay.outer) != len(encoded):
+            raise ValueError(f"the replayed selection has {len(replay.outer)} videos, the prompt {len(encoded)}")
+        # decisions are taken in float32 also under autocast
+        with report.clock.stage("reduce", device), torch.no_grad(), torch.autocast(device.type, enabled=False):
             for i, (video, target) in enumerate(zip(encoded, targets, strict=True)):
                 record = self.handle.method.reduce(video.tokens, target, outer) if replay is None else replay.outer[i]
                 records.append(record.to(video.tokens.features.device))
@@ -154,7 +160,10 @@ class OuterStage:
         assert source is not None
         mask = self.handle.family.video_mask(self.handle.core, source.input_ids, source.inputs_embeds)
         valid = source.attention_mask if source.attention_mask is not None else torch.ones_like(mask)
-        mask, valid = mask[:, source.seen :], valid[:, -mask.shape[1] :][:, source.seen :]
+        valid = valid[:, -mask.shape[1] :]
+        if isinstance(source, Prompt) and mask.shape[1] > source.seen:
+            # `generate` was given the whole conversation and will look at what the cache has not seen
+            mask, valid = mask[:, source.seen :], valid[:, source.seen :]
         if int(mask.sum()) != sum(totals) + len(totals) * self.handle.family.separators:
             raise ValueError(
                 f"the prompt has {int(mask.sum())} video placeholders, its videos make "
@@ -178,7 +187,7 @@ class OuterStage:
                     inner_retain=retain,
                 )
             except ValueError as error:
-                raise ConfigError(f"budget.flops: {error}") from None
+                raise ConfigError(str(error)) from None
             if most < len(row):
                 raise ConfigError(
                     f"budget.flops: {budget.flops} leaves {most} token(s) for the {len(row)} videos of a prompt; "
@@ -188,6 +197,17 @@ class OuterStage:
             for v, more in zip(row, extra, strict=True):
                 keep[v] = 1 + more
         return [Target(k, k / n, budget.exact) for k, n in zip(keep, totals, strict=True)]
+
+
+def _inside_a_forward() -> bool:
+    """Whether this code runs inside a module's forward (also a compiled one, whose frames keep the names)."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_name
+        if name in ("forward", "_call_impl", "_wrapped_call_impl") or name.startswith("torch_dynamo_resume_in_"):
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 def _device(arguments: dict[str, Any]) -> torch.device:

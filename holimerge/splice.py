@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import Cache
 
 from .cache import CacheState, cache_state, held_length, set_cache_state
+from .positions import new_positions
 from .tokens import MergeRecord
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class Packing:
     real: [B, P] bool, entries that are tokens.
     lengths: tokens in each row, on the host.
     moved: whether entries left their columns (else `index` is the identity).
+    lossless: whether all entries of all rows are there, if in other columns.
     arguments: what the language model gets in place of the caller's arguments.
     prior: [B, C] bool or None, the cache's entries that are tokens (None: all of them, or no cache).
     prior_padded: whether `prior` has a False.
@@ -40,6 +42,7 @@ class Packing:
     real: Tensor
     lengths: list[int]
     moved: bool
+    lossless: bool
     arguments: dict[str, Any]
     cache: Cache | None
     prior: Tensor | None
@@ -48,11 +51,6 @@ class Packing:
     video: Tensor
     counts: list[int]
     sizes: Tensor
-
-    @property
-    def padded(self) -> bool:
-        """Whether a row has padding, here or in the cache."""
-        return self.prior_padded or min(self.lengths) < self.real.shape[1]
 
 
 @dataclass
@@ -75,12 +73,13 @@ def right_aligned(keep: Tensor, width: int) -> Tensor:
 
 
 def token_mask(mask: Any, batch: int, length: int, cache: Cache | None, device: torch.device) -> Tensor:
-    """[B, S] bool: the columns of the caller's mask (S = length if there is none), whatever form it has.
+    """[B, S] bool: the columns of the caller's mask (S = length if there is none), whatever form it has; the last
+    `length` are the new tokens.
 
     Raises:
         ValueError: a custom 4-D mask, which cannot be shortened.
     """
-    if isinstance(mask, dict):
+    if isinstance(mask, dict):  # one per kind of layer, each maybe None
         mask = next(iter(mask.values()))
     if mask is None:
         return torch.ones(batch, length, dtype=torch.bool, device=device)
@@ -92,7 +91,7 @@ def token_mask(mask: Any, batch: int, length: int, cache: Cache | None, device: 
             "pass the 2-D padding mask"
         )
     # prepared by `generate` for a static cache: its last query sees every token there is
-    seen = mask[:, 0, -1, :length]
+    seen = mask[:, 0, -1, : held_length(cache) + length]
     seen = seen if seen.dtype == torch.bool else seen == 0
     return seen.to(device).expand(batch, -1)
 
@@ -202,11 +201,20 @@ def pack(call: Call, kwargs: dict[str, Any], cache: Cache | None) -> Packing | N
         # An explicit mask wherever there is no cache: without one, gapped positions would be read as packed sequences.
         needed = padded or cache is None
         arguments["attention_mask"] = joined(prior, real, held).long() if needed else None
-    positions, axis_shift = _positions(
-        call, kwargs.get("position_ids"), index, real, dropped, offset, state, held, prior
-    )
-    if positions is not None:
-        arguments["position_ids"] = positions
+    axis_shift = None if state is None else state.axis_shift
+    if moved or state is not None:
+        given = kwargs.get("position_ids")
+        given = (torch.arange(length, device=device) + call.seen)[None] if given is None else given.to(device)
+        positions, axis_shift = new_positions(
+            given.expand(*given.shape[:-2], batch, length),
+            contiguous=handle.contiguous,
+            placeholder=placeholder,
+            keep=keep,
+            dropped=dropped,
+            offset=offset,
+            state=state,
+        )
+        arguments["position_ids"] = positions.gather(-1, index.expand(*positions.shape[:-2], -1, -1))
 
     lost = torch.tensor(gone, device=device)
     after = CacheState(
@@ -215,12 +223,14 @@ def pack(call: Call, kwargs: dict[str, Any], cache: Cache | None) -> Packing | N
         padded=padded,
         dropped=lost if state is None else lost + state.dropped.to(device),
         axis_shift=axis_shift,
+        contiguous=handle.contiguous,
     )
     return Packing(
         index=index,
         real=real,
         lengths=lengths,
         moved=moved,
+        lossless=not any(gone),
         arguments=arguments,
         cache=cache,
         prior=prior,
@@ -232,62 +242,20 @@ def pack(call: Call, kwargs: dict[str, Any], cache: Cache | None) -> Packing | N
     )
 
 
-def _positions(
-    call: Call,
-    given: Tensor | None,
-    index: Tensor,
-    real: Tensor,
-    dropped: Tensor,
-    offset: Tensor,
-    state: CacheState | None,
-    held: int,
-    prior: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Positions of the packed entries (None: the caller's, untouched), and how far mRoPE axes moved."""
-    contiguous = call.handle.contiguous
-    batch, length = dropped.shape
-    shift = state.axis_shift if state is not None else None
-    if state is None and not bool((index.shape[1] != length) or call.handle.force_packing):
-        return None, None
-    if given is None:
-        given = (torch.arange(length, device=index.device) + call.seen)[None]
-    given = given.to(index.device).expand(*given.shape[:-2], batch, length)
-
-    def taken(where: Tensor) -> Tensor:
-        return given.gather(-1, where.expand(*given.shape[:-2], -1, -1))
-
-    removed_before = dropped.long().cumsum(1).gather(1, index)
-    if state is not None:
-        removed_before = removed_before + state.dropped.to(index.device)[:, None]
-    if given.ndim == 2:
-        return (taken(index) - removed_before, None) if contiguous else (taken(index + offset.gather(1, index)), None)
-    # [3 or 4, B, L]: the first of four rows is the text position, which only tells packed sequences apart
-    original = taken(index if contiguous else index + offset.gather(1, index))
-    axes = original[-3:]
-    if contiguous and (removed_before.any() or shift is not None):
-        before = 0 if held == 0 else (held if prior is None else prior.sum(1, keepdim=True))
-        running = (real.long().cumsum(1) - 1 + before).clamp_min(0)
-        shift = axes[..., -1] - running[:, -1]
-        axes = running.expand_as(axes)
-    if given.shape[0] == 4:
-        axes = torch.cat([taken(index)[:1] - removed_before, axes])
-    return axes, shift
-
-
 def continue_over(call: Call, kwargs: dict[str, Any], state: CacheState) -> dict[str, Any]:
     """The language model's arguments for a forward over a shortened cache (decoding, or a later turn of text)."""
     embeds, cache, mask = kwargs["inputs_embeds"], kwargs["past_key_values"], kwargs.get("attention_mask")
     length, device = embeds.shape[1], embeds.device
-    held = held_length(cache)
     # a prepared mask or none comes from `generate`, whose new tokens are all real
     new = mask[:, -length:].to(device).bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
     if new is not None and length > 1 and bool(new.all()):
         new = None
     call.continuation = Continuation(state, new, length)
     arguments = dict(kwargs)
-    arguments["attention_mask"] = (
-        None if not state.padded and new is None else continued_mask(state.mask.to(device), new, held, length).long()
-    )
+    arguments["attention_mask"] = None
+    if state.padded or new is not None:
+        held = held_length(cache)
+        arguments["attention_mask"] = continued_mask(state.mask.to(device), new, held, length).long()
     positions = kwargs.get("position_ids")
     dropped = state.dropped.to(device)[:, None]
     if positions is None:
@@ -337,21 +305,27 @@ def unpack(call: Call, output: Any) -> None:
     packing = call.packing
     assert packing is not None
     assert call.video_mask is not None
-    index, real, state, moved = packing.index, packing.real, packing.state, packing.moved
+    index, real, state, lossless = packing.index, packing.real, packing.state, packing.lossless
     run = call.inner
     if run is not None and run.index is not None:
         assert run.real is not None
-        index, real, moved = index.gather(1, run.index.to(index.device)), run.real.to(index.device), True
+        index, real, lossless = index.gather(1, run.index.to(index.device)), run.real.to(index.device), False
     if run is not None:
         state = run.state_after(state)
-    if moved:
+    if packing.moved or not lossless:
         hidden = output.last_hidden_state
         index, real = index.to(hidden.device), real.to(hidden.device)
-        length = call.video_mask.shape[1]
-        if index.shape[1] != length:
-            hidden = hidden.masked_fill(~real[..., None], 0)
-        full = hidden.new_zeros(hidden.shape[0], length, hidden.shape[-1])
-        output.last_hidden_state = full.scatter(1, index[..., None].expand(-1, -1, hidden.shape[-1]), hidden)
-    nothing = state.hidden == 0 and state.inner_layer is None and cache_state(packing.cache) is None
+        length, depth = call.video_mask.shape[1], hidden.shape[-1]
+        if lossless:  # a permutation: padding returns to its column too
+            source = index.argsort(dim=1)
+        else:
+            # A column that is gone shows the last kept token before it, which is what predicts the next one: a prompt
+            # may end in video tokens, an answer may follow them.
+            kept = torch.zeros(real.shape[0], length, dtype=torch.long, device=hidden.device)
+            kept.scatter_(1, index, real.long())
+            first = real.shape[1] - real.sum(1, keepdim=True)
+            source = (first + kept.cumsum(1) - 1).clamp_min(0)
+        output.last_hidden_state = hidden.gather(1, source[..., None].expand(-1, -1, depth))
+    nothing = packing.lossless and state.inner_layer is None and cache_state(packing.cache) is None
     if packing.cache is not None and not nothing:
         set_cache_state(packing.cache, state)

@@ -17,7 +17,7 @@ HOOKS = {
 
 
 def fingerprint(model: Any) -> dict[str, Any]:
-    """Names, classes, `__dict__` keys, hooks in their order with their flags, state_dict keys, configurations.
+    """Classes, `__dict__` keys and callables, hooks in order with their flags, state_dict keys, configurations.
 
     Hooks are compared as callables, not by their running number: a hook that was removed and set again is the same.
     Run a stock forward first: transformers sets hooks of its own on the first one.
@@ -25,6 +25,7 @@ def fingerprint(model: Any) -> dict[str, Any]:
     modules = {}
     for name, module in model.named_modules():
         here: dict[str, Any] = {"class": type(module), "keys": sorted(vars(module))}
+        here["callables"] = {k: v for k, v in vars(module).items() if callable(v)}
         for kind, flags in HOOKS.items():
             hooks = vars(module)[kind]
             here[kind] = [(hook, *(number in vars(module)[flag] for flag in flags)) for number, hook in hooks.items()]

@@ -88,6 +88,15 @@ def test_patching_returns_the_same_object_and_unpatching_restores_it(model, inpu
     assert torch.equal(logits(model, inputs), stock)
 
 
+def test_an_attribute_the_user_had_set_is_put_back(model, inputs):
+    stock = model.generate
+    model.generate = lambda *args, **kwargs: stock(*args, **kwargs)
+    before = fingerprint(model)
+    tokens(patch_model(model, BOTH), inputs)
+    assert last_report(model).videos[0].after_inner
+    assert fingerprint(unpatch_model(model)) == before
+
+
 def test_patching_again_replaces(model, family, inputs):
     before = fingerprint(model)
     alone = logits(patch_model(make_model(family), OUTER), inputs)
@@ -233,6 +242,30 @@ def test_two_models_and_a_deep_copy_are_independent(model, family, inputs):
 # ---------------------------------------------------------------------- nothing is silently not reduced
 
 
+@pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize(
+    "call", [logits, tokens, lambda model, inputs: model.model(**inputs)], ids=["forward", "generate", "core"]
+)
+def test_a_forward_that_was_broken_off_leaves_nothing_behind(model, inputs, kind, call):
+    stock, text = video_features(model, inputs), model.get_input_embeddings()(torch.arange(5, 12)[None])
+    language_model = model.model.language_model
+    expected = language_model(inputs_embeds=text).last_hidden_state
+    patched = logits(patch_model(model, BOTH), inputs)
+
+    def breaks(*_):
+        raise kind
+
+    hook = language_model.layers[3].register_forward_pre_hook(breaks)
+    with pytest.raises(kind):
+        call(model, inputs)
+    hook.remove()
+    mine = video_features(model, inputs)
+    assert type(mine) is type(stock)
+    assert torch.equal(mine.pooler_output[0], stock.pooler_output[0])
+    assert torch.equal(language_model(inputs_embeds=text).last_hidden_state, expected)
+    assert torch.equal(logits(model, inputs), patched)
+
+
 def test_the_users_own_feature_call_is_stock(model, inputs):
     stock = video_features(model, inputs)
     logits(patch_model(model, BOTH), inputs)
@@ -320,17 +353,20 @@ def test_labels_without_an_answer_raise(model, inputs):
     assert torch.equal(logits(model, inputs), patched)
 
 
-def test_a_custom_mask_raises_where_it_cannot_be_shortened(model, family, inputs):
+@pytest.mark.parametrize("kept", [False, True], ids=["reduced", "keep-all"])
+def test_a_custom_mask_raises_where_it_cannot_be_shortened(model, family, inputs, kept):
     n = inputs["input_ids"].shape[1]
     mask = torch.zeros(1, 1, n, n).masked_fill(torch.ones(n, n).triu(1).bool(), -torch.inf)
     positions = torch.arange(n).expand(*((1,) if family == "llava_onevision" else (3, 1)), -1)
     custom = {**inputs, "position_ids": positions, "attention_mask": mask}
     stock, patched = logits(model, custom), logits(patch_model(model, BOTH), inputs)
+    if kept:  # nothing is shortened
+        assert torch.equal(logits(patch_model(model, "keep-all"), custom), stock)
+        return
     for cfg in (BOTH, OUTER):
         with merging(model, cfg), pytest.raises(ValueError, match="mask of shape"):
             model(**custom)
     assert torch.equal(logits(model, inputs), patched)
-    assert torch.equal(logits(patch_model(model, "keep-all"), custom), stock)  # nothing is shortened
 
 
 # ---------------------------------------------------------------------- threads
@@ -344,15 +380,19 @@ def test_threads(family, shared):
     # Qwen's rope_deltas are state of the model in stock transformers: threads cannot share it for decoding
     decodes = not shared or family == "llava_onevision"
 
+    together = bool  # in the threads below: both forwards have run before a report is read
+
     def run(i):
         with torch.no_grad():
             out = logits(models[i], prompts[i])
+            together()
             report = last_report(models[i]).to_dict()["videos"]
             return out, tokens(models[i], prompts[i]) if decodes else out, report
 
     expected = [run(i) for i in range(2)]
     assert expected[0][2] != expected[1][2]
-    with ThreadPoolExecutor(4) as pool:
+    together = threading.Barrier(2, timeout=20).wait
+    with ThreadPoolExecutor(2) as pool:
         for i, (out, answer, report) in enumerate(pool.map(run, [0, 1] * 6)):
             assert torch.equal(out, expected[i % 2][0])
             assert torch.equal(answer, expected[i % 2][1])
@@ -408,21 +448,15 @@ def test_an_untested_transformers_version_warns_once(model, version, monkeypatch
 
 
 def test_a_model_compiled_before_is_not_silently_wrong(family):
-    """LLaVA's whole forward and Qwen's language model (for time)."""
     inputs, cfg = prompt(family, frames=2), {**OUTER, "inner": {"layer": 1}}
-    model = call = make_model(family, num_hidden_layers=2)
+    model = make_model(family, num_hidden_layers=2)
     stock, patched = logits(model, inputs), logits(patch_model(model, cfg), inputs)
     unpatch_model(model)
     torch._dynamo.reset()
-    if family == "llava_onevision":
-        call = torch.compile(model.forward, backend="eager")
-    else:
-        model.model.language_model.compile(backend="eager")
+    call = torch.compile(model.forward, backend="eager")
     torch.testing.assert_close(call(**inputs).logits, stock)
     patch_model(model, cfg)
     torch.testing.assert_close(call(**inputs).logits, patched)
-    unpatch_model(model)
-    torch.testing.assert_close(call(**inputs).logits, stock)
     torch._dynamo.reset()
 
 

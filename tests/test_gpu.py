@@ -35,9 +35,7 @@ def test_cached_generation_equals_recomputation_on_a_gpu(family, attn, name):
     x = on_gpu(build(family, [[5, make_video(family), 6, 7], [8, make_video(family, seed=1), 9, 10, 11]]))
     out = generate(model, x)
     answer = out.sequences[:, x["input_ids"].shape[1] :]
-    for ours, fresh in zip(
-        out.logits, recomputed(model, family, x, answer, handle_of(model).selection), strict=True
-    ):
+    for ours, fresh in zip(out.logits, recomputed(model, family, x, answer, handle_of(model).selection), strict=True):
         torch.testing.assert_close(ours, fresh, atol=2e-3, rtol=0)
 
 

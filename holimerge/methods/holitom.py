@@ -81,7 +81,8 @@ def _cluster_static(
     device = x.device
     cells, centres, weights = [], [], []
     # bounds the padded copy of the static tokens; small enough on a CPU that its allocator reuses the memory
-    most = max(static[s] for s in which) * x.shape[-1] * 4
+    largest = max(static[s] for s in which)
+    most = largest * max(x.shape[-1], 4 * largest) * 4
     step = max(1, min(_CLUSTER_CHUNK, (2**30 if x.is_cuda else 2**24) // most))
     for begin in range(0, len(which), step):
         chunk = which[begin : begin + step]
