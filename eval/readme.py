@@ -1,0 +1,64 @@
+"""The README's tables of measured figures, written from the result files and from nothing else.
+
+python -m holimerge.eval.readme      rewrites the part of README.md between its two markers
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+BEGIN, END = "<!-- results: written by `python -m holimerge.eval.readme` -->", "<!-- end of results -->"
+
+
+def results_block(folder: Path) -> str:
+    """Markdown for every reduction and demo result in `folder`."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    parts = [BEGIN]
+    reductions = sorted((r for r in found if r.get("kind") == "reduction"), key=lambda r: r["features"])
+    if reductions:
+        about = reductions[0]["conditions"]
+        parts += [
+            f"Outer reduction alone, {about['device']} CPU, {about['threads']} thread, {about['dtype']}, median of "
+            f"{about['repeats']} runs, `{reductions[0]['preset']}`, against the authors' procedure, re-created:",
+            "",
+            "| features | holimerge | authors', our cosine | faster | authors', torch's cosine | faster |",
+            "|---|---|---|---|---|---|",
+        ]
+        for r in reductions:
+            size = " x ".join(map(str, r["features"]))
+            ours, theirs, own = (
+                f"{r['ms'][side]['median']:.0f} ms" for side in ("ours", "theirs", "theirs_own_cosine")
+            )
+            parts.append(
+                f"| {size} | {ours} | {theirs} | {r['speedup']:.1f}x | {own} | {r['speedup_own_cosine']:.1f}x |"
+            )
+    return "\n".join([*parts, END])
+
+
+def rewritten(text: str, block: str) -> str:
+    """README text with its results replaced.
+
+    Raises:
+        ValueError: the markers are missing.
+    """
+    if BEGIN not in text or END not in text:
+        raise ValueError(f"README.md needs the two lines {BEGIN!r} and {END!r}")
+    head, rest = text.split(BEGIN, 1)
+    return head + block + rest.split(END, 1)[1]
+
+
+def main() -> None:
+    """Rewrite README.md of the checkout this runs from."""
+    from .conditions import source_tree
+
+    root: Any = source_tree()
+    if root is None:
+        raise SystemExit("there is no checkout to rewrite the README of")
+    readme = root / "README.md"
+    readme.write_text(rewritten(readme.read_text(encoding="utf-8"), results_block(root / "results")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
