@@ -43,7 +43,8 @@ def answer_video(
 
     from .conditions import conditions
     from .load import load, read_config, to_model
-    from .measure import devices_of, measure_cases, patched, run_once, spread, summary
+    from .measure import measure_cases, spread, summary
+    from .run import devices_of, patched, run_once
 
     loaded_config = load_config(config)
     if "://" not in video and not Path(video).exists():

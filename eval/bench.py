@@ -22,7 +22,8 @@ from holimerge.shapes import SHAPES, Shape, build_config, load_shape, shape_of
 from holimerge.video_write import synthetic_clip
 
 from .conditions import conditions
-from .measure import devices_of, gains, measure_cases
+from .measure import gains, measure_cases
+from .run import devices_of
 from .toy import describe, random_model, toy_config
 
 AIMS = {"reduce_ms": 2.0, "share_of_ideal": 0.95}  # of the 7B shape in bf16 on a GPU, 32 frames, 10 %

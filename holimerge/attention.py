@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_CHUNK_BYTES = 128 * 2**20
+# Of float32 logits at once: on a CPU they should stay in its cache, on a GPU launches should stay few.
+_CHUNK_BYTES = {"cpu": 8 * 2**20, "cuda": 256 * 2**20}
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -28,7 +29,8 @@ def received_attention(q: Tensor, k: Tensor, scale: float) -> Tensor:
         [F, P] float32; each frame's values sum to one.
     """
     frames, heads, tokens, _ = q.shape
-    step = max(1, _CHUNK_BYTES // (heads * tokens * tokens * 4))
+    room = _CHUNK_BYTES.get(q.device.type, _CHUNK_BYTES["cuda"])
+    step = max(1, room // (heads * tokens * tokens * 4))
     parts = []
     for start in range(0, frames, step):
         logits = (q[start : start + step] * scale) @ k[start : start + step].mT

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 1))
 warnings.filterwarnings("ignore", message=".*token_id.*")
 
 

@@ -435,7 +435,8 @@ def test_a_thread_may_end_its_forward_while_another_is_inside_the_tower(model, i
 
 @pytest.mark.parametrize("version", ["4.57.6", "5.15.1", "5.24.0", "6.0.0", "5.16.0", "5.23.9", "5.23.0.dev0"])
 def test_an_untested_transformers_version_warns_once(model, version, monkeypatch):
-    monkeypatch.setattr(transformers, "__version__", version)
+    # not the test's own `transformers`: importing peft puts another module object of that name into sys.modules
+    monkeypatch.setattr(holimerge.api.transformers, "__version__", version)
     holimerge.api._check_version.cache_clear()
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")

@@ -19,7 +19,7 @@ import holimerge
 from holimerge.eval.cli import app
 from holimerge.eval.doctor import UNTESTED, examine
 from holimerge.eval.load import load, to_model
-from holimerge.eval.measure import run_once
+from holimerge.eval.run import run_once
 from holimerge.inputs import DEFAULT_TEMPLATES, build_inputs
 from holimerge.video import read_video, synthetic_clip, write_video
 

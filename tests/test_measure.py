@@ -17,7 +17,8 @@ from toys import make_model, prompt, qwen_config
 import holimerge
 from holimerge.eval.bench import bench_inputs, bench_model
 from holimerge.eval.bench_reduction import bench_case
-from holimerge.eval.measure import gains, measure, measure_cases, run_once, spread
+from holimerge.eval.measure import gains, measure, measure_cases, spread
+from holimerge.eval.run import run_once
 from holimerge.eval.toy import random_model, toy_config
 from holimerge.shapes import shape_of
 

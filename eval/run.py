@@ -1,0 +1,206 @@
+"""One timed prompt: generate with the model as it is, its stages, tokens and peak memory."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from holimerge.api import _handle, _inner_model, merging
+from holimerge.config import Config
+from holimerge.registry import family_module
+from holimerge.timing import StageClock
+
+# The stages of the time to first token, in order; `inner` is part of `prefill`.
+STAGES = ("vision", "reduce", "project", "splice", "prefill", "inner")
+
+
+@dataclass
+class Run:
+    """One prompt, timed. Milliseconds, except `peak` (bytes), `answer` (generated token ids [B, n]) and `clusters`
+    (sizes of the static sets that were clustered)."""
+
+    ttft: float
+    stages: dict[str, float]
+    tokens: dict[str, int | None]
+    per_token: list[float] = field(default_factory=list)
+    peak: int | None = None
+    answer: Tensor | None = None
+    clusters: tuple[int, ...] = ()
+
+
+class _Ticks(StoppingCriteria):
+    """Notes when each token is there; never stops anything."""
+
+    def __init__(self, devices: list[torch.device]) -> None:
+        self.devices, self.times = devices, list[float]()
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        _synchronise(self.devices)
+        self.times.append(time.perf_counter())
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+def run_once(
+    model: Any, inputs: Mapping[str, Tensor], *, max_new_tokens: int = 1, whole: bool = False, memory: bool = True
+) -> Run:
+    """Generate greedily once, from the model as it is (patched or not).
+
+    Args:
+        model: of a supported family.
+        inputs: what `generate` takes, on the model's device.
+        max_new_tokens: how many tokens; the time to first token ends when the first one is there, which with 1 is the
+            wall time of `generate`.
+        whole: write all `max_new_tokens`, also past the end-of-answer token.
+        memory: take the peak of the device's memory (of the process, on a CPU).
+    """
+    devices = devices_of(model)
+    ticks = _Ticks(devices)
+    extra: dict[str, Any] = {"min_new_tokens": max_new_tokens} if whole and max_new_tokens > 1 else {}
+    if max_new_tokens > 1:
+        extra["stopping_criteria"] = StoppingCriteriaList([ticks])
+    watched: AbstractContextManager[StageClock | None] = (
+        nullcontext() if _handle(model) is not None else _watched(model)
+    )
+    with watched as clock:
+        if memory:
+            _reset_peak(devices)
+        _synchronise(devices)
+        begin = time.perf_counter()
+        answer = model.generate(
+            **inputs, max_new_tokens=max_new_tokens, do_sample=False, temperature=None, top_p=None, top_k=None, **extra
+        )
+        _synchronise(devices)
+        end = time.perf_counter()
+    first = ticks.times[0] if ticks.times else end
+    stages, tokens, clusters = _tell(model, inputs, clock)
+    return Run(
+        ttft=(first - begin) * 1000,
+        stages=stages,
+        tokens=tokens,
+        per_token=[(b - a) * 1000 for a, b in zip(ticks.times, ticks.times[1:], strict=False)],
+        peak=_peak(devices) if memory else None,
+        answer=answer[:, inputs["input_ids"].shape[1] :],
+        clusters=clusters,
+    )
+
+
+@contextmanager
+def _watched(model: Any) -> Iterator[StageClock]:
+    """Time vision and prefill of an unpatched model inside the block; afterwards it is as it was."""
+    inner = _inner_model(model)
+    family = family_module(inner.config.model_type).FAMILY
+    core, language_model = family.core(inner), family.language_model(inner)
+    clock = StageClock()
+    stock = core.get_video_features
+    own = core.__dict__.get("get_video_features")  # somebody else's replacement, which stays
+
+    @functools.wraps(stock)
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        tensors = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+        with clock.stage("vision", next(tensors).device):
+            return stock(*args, **kwargs)
+
+    def begin(module: Any, args: Any, kwargs: Any) -> None:
+        if kwargs["inputs_embeds"].shape[1] > 1:  # decoding steps are not the prefill
+            clock.start("prefill", kwargs["inputs_embeds"].device)
+
+    def end(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        if kwargs["inputs_embeds"].shape[1] > 1:
+            clock.stop("prefill", kwargs["inputs_embeds"].device)
+
+    hooks = [
+        language_model.register_forward_pre_hook(begin, with_kwargs=True),
+        language_model.register_forward_hook(end, with_kwargs=True),
+    ]
+    core.__dict__["get_video_features"] = timed
+    try:
+        yield clock
+    finally:
+        del core.__dict__["get_video_features"]
+        if own is not None:
+            core.__dict__["get_video_features"] = own
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def patched(model: Any, config: Config | None) -> Iterator[None]:
+    """Patched with a configuration inside the block; None leaves the model alone."""
+    if config is None:
+        yield
+    else:
+        with merging(model, config):
+            yield
+
+
+def _tell(
+    model: Any, inputs: Mapping[str, Tensor], clock: StageClock | None
+) -> tuple[dict[str, float], dict[str, int | None], tuple[int, ...]]:
+    """Stages in ms, tokens, and the sizes of the clustered sets, of the run that has just ended."""
+    length = int(inputs["input_ids"].shape[1])
+    if clock is None:
+        handle = _handle(model)
+        assert handle is not None
+        report = handle.report
+        videos = report.videos
+        found = {stage: report.milliseconds[stage] for stage in STAGES if stage in report.milliseconds}
+        features, separators = sum(v.features for v in videos), sum(v.separators for v in videos)
+        after = [v.after_inner for v in videos if v.after_inner is not None]
+        tokens: dict[str, int | None] = {
+            "features": features,
+            "entering": sum(v.entering for v in videos),
+            "after_inner": sum(after) if after else None,
+        }
+        clusters = videos[0].record.clustered if videos else ()
+    else:
+        times = clock.milliseconds()
+        found = {stage: times[stage] for stage in STAGES if stage in times}
+        inner = _inner_model(model)
+        family = family_module(inner.config.model_type).FAMILY
+        grids = family.grids(family.core(inner), dict(inputs)) if "pixel_values_videos" in inputs else []
+        features, separators = sum(t * h * w for t, h, w in grids), family.separators * len(grids)
+        tokens = {"features": features, "entering": features, "after_inner": None}
+        clusters = ()
+    tokens |= {"separators": separators, "text": length - features - separators}
+    return found, tokens, clusters
+
+
+def devices_of(model: Any) -> list[torch.device]:
+    """Every CUDA device that holds a parameter."""
+    return sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
+
+
+def _synchronise(devices: list[torch.device]) -> None:
+    for device in devices:
+        torch.cuda.synchronize(device)
+
+
+def _reset_peak(devices: list[torch.device]) -> None:
+    for device in devices:
+        torch.cuda.reset_peak_memory_stats(device)
+    if not devices:
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak of resident memory starts anew
+        except OSError:
+            return
+
+
+def _peak(devices: list[torch.device]) -> int | None:
+    """Bytes: the most the CUDA allocator held since the reset, or the most resident memory (Linux); None elsewhere."""
+    if devices:
+        return sum(torch.cuda.max_memory_allocated(device) for device in devices)
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    lines = [line.split() for line in status.splitlines() if line.startswith("VmHWM:")]
+    return int(lines[0][1]) * 1024 if lines else None
