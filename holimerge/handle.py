@@ -160,6 +160,8 @@ class Handle:
     # ------------------------------------------------------------------ generate
 
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self.current() is not None:  # broken off: `generate` never runs inside a forward
+            CALL.set(None)
         bound = inspect.signature(original).bind_partial(*args, **kwargs).arguments
         given, inputs = bound.get("generation_config"), bound.get("inputs")
 
@@ -292,10 +294,14 @@ class Handle:
 
     def _enter_lm(self, module: Any, args: Any, kwargs: Any) -> Any:
         call = self.current()
-        if call is None or call.reached != "core":  # the language model was called directly
+        if call is None:
+            return None
+        cache, embeds = kwargs.get("past_key_values"), kwargs.get("inputs_embeds")
+        foreign = embeds is None or (call.video_mask is not None and call.video_mask.shape != embeds.shape[:2])
+        if call.reached != "core" or foreign:  # called directly, after a call that was broken off
+            CALL.set(None)
             return None
         call.reached = "language model"
-        cache, embeds = kwargs.get("past_key_values"), kwargs["inputs_embeds"]
         if not call.has_video:
             if cache is None or ((embeds.shape[1] > 1 or not cache.is_compileable) and call.seen == 0):
                 self._reported(Report())

@@ -242,28 +242,34 @@ def test_two_models_and_a_deep_copy_are_independent(model, family, inputs):
 # ---------------------------------------------------------------------- nothing is silently not reduced
 
 
+CALLS = {"forward": logits, "generate": tokens, "core": lambda model, inputs: model.model(**inputs)}
+
+
+@pytest.mark.parametrize("then", ["features", "language_model", "generate", "forward"])
+@pytest.mark.parametrize("where", ["tower", "layer"])
+@pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize(
-    "call", [logits, tokens, lambda model, inputs: model.model(**inputs)], ids=["forward", "generate", "core"]
-)
-def test_a_forward_that_was_broken_off_leaves_nothing_behind(model, inputs, kind, call):
-    stock, text = video_features(model, inputs), model.get_input_embeddings()(torch.arange(5, 12)[None])
-    language_model = model.model.language_model
-    expected = language_model(inputs_embeds=text).last_hidden_state
-    patched = logits(patch_model(model, BOTH), inputs)
+def test_a_forward_that_was_broken_off_leaves_nothing_behind(model, family, inputs, kind, call, where, then):
+    language_model, other = model.model.language_model, prompt(family, frames=4)
+    text = {"inputs_embeds": model.get_input_embeddings()(torch.arange(5, 12)[None])}
+    does = {
+        "features": lambda: video_features(model, inputs).pooler_output[0],
+        "language_model": lambda: language_model(**text).last_hidden_state,
+        "generate": lambda: tokens(model, other),
+        "forward": lambda: logits(model, other),
+    }[then]
+    patch_model(model, {**BOTH, "budget": {"flops": 0.5}})  # a budget that looks at the prompt
+    expected = does()
 
     def breaks(*_):
         raise kind
 
-    hook = language_model.layers[3].register_forward_pre_hook(breaks)
+    place = tower_and_projector(model)[0] if where == "tower" else language_model.layers[3]
+    hook = place.register_forward_pre_hook(breaks)
     with pytest.raises(kind):
-        call(model, inputs)
+        CALLS[call](model, inputs)
     hook.remove()
-    mine = video_features(model, inputs)
-    assert type(mine) is type(stock)
-    assert torch.equal(mine.pooler_output[0], stock.pooler_output[0])
-    assert torch.equal(language_model(inputs_embeds=text).last_hidden_state, expected)
-    assert torch.equal(logits(model, inputs), patched)
+    assert torch.equal(does(), expected)
 
 
 def test_the_users_own_feature_call_is_stock(model, inputs):
