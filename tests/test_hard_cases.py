@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 import threading
 from typing import Any
 
@@ -263,11 +262,11 @@ def test_gradients_flow_and_checkpointing_with_an_inner_merge_is_refused(family,
     assert dict(losses[:1])[False] == pytest.approx(losses[-1][1], abs=1e-6)
 
 
-def test_caches_pickle_and_copy(family):
+def test_caches_can_be_copied(family):
     model = make_model(family)
     holimerge.patch_model(model, preset("holimerge-25"))
     cache = generate(model, prompt(family)).past_key_values
-    for twin in (copy.deepcopy(cache), copy.copy(cache), pickle.loads(pickle.dumps(cache))):  # noqa: S301
+    for twin in (copy.deepcopy(cache), copy.copy(cache)):
         assert type(twin) is type(cache)
         assert twin.get_seq_length() == cache.get_seq_length()
         assert torch.equal(twin._holimerge.mask, cache._holimerge.mask)
