@@ -125,8 +125,10 @@ class InnerStage:
     # ------------------------------------------------------------------ hooks
 
     def _score(self, attention: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        call = self.handle.current()
-        if call is None or call.inner is None or call.packing is None or self.handle.replay is not None:
+        call, replay = self.handle.current(), self.handle.replay
+        if call is None or call.inner is None or call.packing is None:
+            return
+        if replay is not None and replay.inner is not None:  # nothing is left to choose
             return
         run, packing = call.inner, call.packing
         hidden = args[0] if args else kwargs["hidden_states"]

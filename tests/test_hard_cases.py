@@ -291,3 +291,15 @@ def test_autocast_does_not_touch_decisions(family):
     from holimerge.segment import pair_cosines
 
     assert pair_cosines(tokens)[0].dtype == torch.float32
+
+
+def test_a_selection_without_inner_choices_replays_the_outer_ones_and_chooses_the_rest(family):
+    model = make_model(family)
+    holimerge.patch_model(model, preset("holimerge-25"))
+    x = prompt(family)
+    expected = logits(model, x)
+    chosen = handle_of(model).selection
+    with handle_of(model).replaying(type(chosen)(chosen.outer)):
+        assert torch.equal(logits(model, x), expected)
+    with pytest.raises(ValueError, match="0 videos, the prompt 1"), handle_of(model).replaying(type(chosen)([])):
+        logits(model, x)
