@@ -1,4 +1,4 @@
-"""The command line: `holimerge ask | bench | flops | list | doctor | demo`.
+"""The command line: `holimerge ask | eval | compare | cache | bench | flops | list | doctor | demo`.
 
 Nothing heavy is imported before a command runs. A user's mistake is one red line on stderr and exit status 2; `--debug`
 shows where it came from. With `--json` nothing but the JSON is on stdout.
@@ -33,7 +33,8 @@ _MISTAKES = (ValueError, TypeError, OSError, ImportError)
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else.")]
 Output = Annotated[Path | None, typer.Option(help="Also write the numbers into this JSON file.", dir_okay=False)]
 Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Of the weights.")]
-Attention = Annotated[str | None, typer.Option(help="sdpa, eager, flash_attention_2; default: the model's own.")]
+_ATTENTION = "sdpa, eager, flash_attention_2; default: the model's own."
+Attention = Annotated[str | None, typer.Option(help=_ATTENTION)]
 
 
 def _command(function: Callable[..., None]) -> Callable[..., None]:
@@ -47,7 +48,9 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
             mistake = isinstance(error, _MISTAKES) or type(error).__name__ == "OutOfMemoryError"
             if debug or not mistake or isinstance(error, BrokenPipeError):
                 raise
-            text = " ".join(str(error).split()) or type(error).__name__
+            from .plain import plain
+
+            text = plain(error) or type(error).__name__
             typer.secho(f"error: {text}", fg=typer.colors.RED, err=True)
             raise typer.Exit(2) from None
 
@@ -83,7 +86,9 @@ def ask(
     model: Annotated[str, typer.Option(help="A Hugging Face hub id or a local folder.")],
     config: Annotated[str, typer.Option(help="A preset (`holimerge list`) or a YAML file.")] = "holimerge-15",
     frames: Annotated[int, typer.Option(help="Frames taken with --sampling uniform.")] = 32,
-    sampling: Annotated[Literal["uniform", "fps"], typer.Option(help="How frames are chosen.")] = "uniform",
+    sampling: Annotated[
+        Literal["uniform", "left", "midpoint", "fps"], typer.Option(help="How frames are chosen.")
+    ] = "uniform",
     fps: Annotated[float | None, typer.Option(help="Frames a second with --sampling fps (default 2).")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 128,
     device_map: Annotated[str | None, typer.Option(help="accelerate's: auto, cuda:0, cpu, ...")] = None,
@@ -117,6 +122,106 @@ def ask(
             say=say,
         )
     _finish(result, lambda: show_answer(result, _console()), json_, None)
+
+
+@_command
+def eval_(
+    model: Annotated[str, typer.Option(help="A Hugging Face hub id or a local folder.")],
+    output: Annotated[
+        Path, typer.Option("--output", "--output-path", "--output_path", help="The run's folder.", file_okay=False)
+    ],
+    config: Annotated[
+        list[str] | None,
+        typer.Option(help="A preset, a YAML file, or unpatched; repeat for several, or join by commas."),
+    ] = None,
+    tasks: Annotated[list[str] | None, typer.Option(help="Benchmarks, joined by commas (`holimerge list`).")] = None,
+    data: Annotated[list[str] | None, typer.Option(help="Where the data lie: ROOT, or TASK=ROOT; repeat.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first samples of each data set.")] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", "--batch_size", help="Prompts generated together.")] = 1,
+    num_frames: Annotated[
+        int, typer.Option("--num-frames", "--num_frames", "--max_frames_num", help="Frames of each video.")
+    ] = 32,
+    protocol: Annotated[
+        str | None, typer.Option(help="official, lmms_eval_0_3, ...: prompts and answer extraction.")
+    ] = None,
+    sampling: Annotated[str | None, typer.Option(help="uniform, left, ...; default: the protocol's rule.")] = None,
+    seed: Annotated[int, typer.Option(help="Of random fallbacks; answers are greedy.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output.")] = False,
+    device_map: Annotated[
+        str | None, typer.Option("--device-map", "--device_map", help="accelerate's: auto, cuda:0, cpu, ...")
+    ] = None,
+    dtype: Dtype = "auto",
+    attn: Annotated[
+        str | None, typer.Option("--attn", "--attn-implementation", "--attn_implementation", help=_ATTENTION)
+    ] = None,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Decode every video, keep no frames on disk.")] = False,
+    cache_size: Annotated[str, typer.Option(help="Most room for cached frames.")] = "10GB",
+    no_reuse: Annotated[bool, typer.Option("--no-reuse", help="Encode a video anew for each question.")] = False,
+    stall_seconds: Annotated[float, typer.Option(help="Wait so long for dead processes.", hidden=True)] = 1800.0,
+    json_: Json = False,
+) -> None:
+    """Evaluate a model under several configurations on benchmarks; can be killed and resumed."""
+    from .evaluate import evaluate
+    from .frame_cache import FrameCache, default_folder, parse_size
+    from .plan import split_names
+    from .show_eval import EvalProgress, show_results
+
+    cache = None if no_cache else FrameCache(default_folder(), parse_size(cache_size))
+    with EvalProgress() as meter:
+        results = evaluate(
+            model,
+            split_names(config or ["unpatched", "holimerge-15"]),
+            split_names(tasks or []),
+            output,
+            data=data or [],
+            limit=limit,
+            batch_size=batch_size,
+            seed=seed,
+            num_frames=num_frames,
+            protocol=protocol,
+            sampling=sampling,
+            resume=resume,
+            device_map=device_map,
+            dtype=dtype,
+            attn_implementation=attn,
+            cache=cache,
+            reuse=not no_reuse,
+            stall_seconds=stall_seconds,
+            meter=meter,
+        )
+    if results is not None:  # another process than the first has nothing to tell
+        _finish(results, lambda: show_results(results, _console()), json_, None)
+
+
+@_command
+def compare(
+    results: Annotated[list[Path], typer.Argument(help="results.json files, or folders of runs; one or several.")],
+    output: Annotated[
+        Path | None, typer.Option(help="Also write comparison.md and comparison.json here.", file_okay=False)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    json_: Json = False,
+) -> None:
+    """Compare runs, or one run's configurations, sample by sample with the first."""
+    from .compare import compare_files, show_comparison
+
+    found = compare_files(results, seed=seed, output=output)
+    _finish(found, lambda: show_comparison(found, _console()), json_, None)
+
+
+@_command
+def cache(
+    clear: Annotated[bool, typer.Option("--clear", help="Remove every cached frame.")] = False,
+    json_: Json = False,
+) -> None:
+    """Show where sampled frames are cached and how much room they take."""
+    from .frame_cache import FrameCache, default_folder
+
+    kept = FrameCache(default_folder())
+    count, size = kept.clear() if clear else kept.size()
+    found = {"folder": str(kept.folder), "videos": count, "bytes": size, "cleared": clear}
+    text = f"{count} videos, {size / 1e6:.1f} MB {'removed from' if clear else 'in'} {kept.folder}"
+    _finish(found, lambda: typer.echo(text), json_, None)
 
 
 @_command
@@ -223,9 +328,11 @@ def flops(
 
 @_command
 def list_(json_: Json = False) -> None:
-    """List methods, model families, presets and named shapes."""
+    """List methods, model families, presets, named shapes and benchmarks."""
     from holimerge.registry import list_families, list_methods, list_presets, preset_text
     from holimerge.shapes import SHAPES
+
+    from .tasks import list_tasks
 
     presets = {name: preset_text(name).splitlines()[0].lstrip("# ") for name in list_presets()}
     result = {
@@ -233,6 +340,7 @@ def list_(json_: Json = False) -> None:
         "families": list_families(),
         "presets": presets,
         "shapes": {name: shape.model_type for name, shape in SHAPES.items()},
+        "tasks": list_tasks(),
     }
 
     def show() -> None:
@@ -262,28 +370,27 @@ def doctor(json_: Json = False) -> None:
 
 @_command
 def demo(
-    frames: Annotated[int, typer.Option(help="Frames taken of the video.", min=2)] = 32,
-    repeats: Annotated[int, typer.Option(help="Measured runs of each case.", min=1)] = 3,
+    videos: Annotated[int, typer.Option(help="Generated videos to ask about.", min=1, max=500)] = 30,
+    config: Annotated[list[str] | None, typer.Option(help="Presets or YAML files; the default is five budgets.")] = None,
     threads: Annotated[
         int, typer.Option(help="Threads of torch; one is disturbed least on a busy machine.", min=1)
     ] = 1,
     output: Output = None,
-    quick: Annotated[bool, typer.Option("--quick", hidden=True)] = False,
     json_: Json = False,
 ) -> None:
-    """From a real H.264 file to an answer, unpatched and patched, with a model of random weights."""
-    from .demo import run_demo, show_demo
-    from .show import Steps
+    """A tiny trained model answers questions about generated H.264 videos, with all tokens and with few."""
+    from .demo import CONFIGS, run_demo, show_demo
+    from .show_eval import EvalProgress
 
-    with Steps() as say:
-        result = run_demo(frames=frames, repeats=repeats, threads=threads, quick=quick, say=say)
+    with EvalProgress() as meter:
+        result = run_demo(videos=videos, configs=config or CONFIGS, threads=threads, meter=meter)
     _finish(result, lambda: show_demo(result, _console()), json_, output)
 
 
-def main() -> None:
-    """Entry point of the `holimerge` command."""
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of the `holimerge` command; arguments: instead of the process's own."""
     with contextlib.suppress(BrokenPipeError):
-        app()
+        app(args=arguments, prog_name="holimerge")
 
 
 if __name__ == "__main__":

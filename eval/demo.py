@@ -1,152 +1,144 @@
-"""`holimerge demo`: from a real H.264 file to an answer, unpatched and patched, with every number of the way."""
+"""`holimerge demo`: a small trained video LLM answers questions about generated H.264 videos, at several budgets."""
 
 from __future__ import annotations
 
+import json
+import shutil
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-QUESTION = "what moves in the video?"
-CONFIGS = ("holitom-10", "holimerge-10")
+from .tiny import CHECKPOINT
+
+CONFIGS = ("unpatched", "holimerge-25", "holimerge-15", "holimerge-10", "holimerge-05")
+FULL_RUN = CHECKPOINT / "evaluation.json"
+SHOWN = 4  # questions of the first video that are shown with their answers
 
 
 def run_demo(
-    *,
-    frames: int = 32,
-    configs: tuple[str, ...] = CONFIGS,
-    repeats: int = 3,
-    new_tokens: int = 8,
-    threads: int | None = 1,
-    quick: bool = False,
-    say: Callable[..., None] = lambda *_: None,
+    *, videos: int = 30, configs: Sequence[str] = CONFIGS, threads: int | None = 1, meter: Any = None
 ) -> dict[str, Any]:
-    """Make a video, decode it, ask a model with random weights about it, unpatched and under each of `configs`.
+    """Evaluate the embedded model on the first videos of the synthetic test split.
 
     Args:
-        frames: frames taken of the video, which has twice as many.
-        repeats: measured runs of each case, after one that warms up.
-        new_tokens: decoding steps timed.
+        videos: how many; they are drawn, encoded as H.264 and decoded again.
+        configs: as `holimerge eval --config` takes them.
         threads: of torch, while it runs; None leaves them.
-        quick: a tiny model, for tests.
-        say: told what is going on.
+        meter: shows how far it is, as in `holimerge.eval.evaluate`.
 
     Returns:
-        `video`, `model`, `cases` (see `holimerge.eval.measure`), `before` (decode and preprocess in ms), `answers`,
-        `gains` per configuration and `conditions`, ready for JSON.
+        `results` (as in results.json of `holimerge eval`), `full` (the committed results of the whole test split, None
+        before there are any), `video` (of the first file) and `questions` (of the first video, with each
+        configuration's answer), ready for JSON.
 
     Raises:
-        ImportError: PyAV is not installed.
         ConfigError, ValueError: a configuration or number that cannot be used.
+        ImportError: PyAV is not installed.
     """
     import torch
 
-    from holimerge.config import load_config
-    from holimerge.inputs import build_inputs
-    from holimerge.preprocess import default_settings
-    from holimerge.video import read_video, synthetic_clip, write_video
+    from .evaluate import evaluate
+    from .tasks import get_task
 
-    from .conditions import conditions
-    from .measure import gains, measure_cases, spread
-    from .toy import SPECIAL, describe, random_model, toy_config, toy_tokenizer
-
-    loaded = {name: load_config(name) for name in configs}
-    before_threads = torch.get_num_threads()
+    task = get_task("synthetic")
+    before = torch.get_num_threads()
     if threads is not None:
         torch.set_num_threads(threads)
+    folder = Path(tempfile.mkdtemp(prefix="holimerge-demo-"))
     try:
-        say("writing a video")
-        config, tokenizer = toy_config(quick), toy_tokenizer()
-        settings = default_settings(config.model_type, config)
-        height, width = (96, 128) if quick else (360, 640)
-        times: dict[str, list[float]] = {"decode": [], "preprocess": []}
-        with tempfile.TemporaryDirectory() as folder:
-            path = write_video(Path(folder) / "demo.mp4", synthetic_clip(2 * frames, height, width), fps=15, gop=30)
-            size = Path(path).stat().st_size
-            for _ in range(1 + repeats):
-                say("decoding and preprocessing")
-                begin = time.perf_counter()
-                video = read_video(path, frames=frames)
-                middle = time.perf_counter()
-                settings.pixels(video.frames)
-                end = time.perf_counter()
-                times["decode"].append((middle - begin) * 1000)
-                times["preprocess"].append((end - middle) * 1000)
-        say("building the model")
-        model = random_model(config)
-        model.generation_config.suppress_tokens = list(range(len(SPECIAL)))  # words only
-        inputs = build_inputs(QUESTION, video, config=config, tokenizer=tokenizer, settings=settings)
-        cases = {"unpatched": None, **loaded}
-        found = measure_cases(model, inputs, cases, warmup=1, repeats=repeats, new_tokens=new_tokens, say=say)
-        answers = {name: tokenizer.decode(r["answer"][0], skip_special_tokens=True) for name, r in found.items()}
-        result = {
-            "kind": "demo",
-            "question": QUESTION,
-            "video": {
-                "codec": "h264",
-                "bytes": size,
-                "frames_in_file": video.total_frames,
-                "frames_taken": len(video.frames),
-                "height": height,
-                "width": width,
-            },
-            "model": {"weights": "random", "shape": describe(config), "parameters": sum_parameters(model)},
-            "before": {name: spread(values[1:]) for name, values in times.items()},
-            "cases": found,
-            "answers": answers,
-            "gains": {name: gains(found["unpatched"], found[name]) for name in configs},
-            "inner_layer": next(
-                (c.inner.resolve(config.text_config.num_hidden_layers) for c in loaded.values() if c.inner), None
-            ),
-            "conditions": conditions("cpu", dtype="float32", attn=_attention(model), seed=0, repeats=repeats, warmup=1),
-        }
+        samples = task.load(folder / "videos").samples
+        names = list(dict.fromkeys(sample.video_id for sample in samples))[:videos]
+        limit = sum(sample.video_id in names for sample in samples)
+        results = evaluate(
+            str(CHECKPOINT),
+            configs,
+            ["synthetic"],
+            folder / "run",
+            data=[f"synthetic={folder / 'videos'}"],
+            limit=limit,
+            dtype="float32",
+            meter=meter,
+        )
+        assert results is not None, "the demo runs in one process"
+        first = [sample for sample in samples if sample.video_id == names[0]]
+        lines = (folder / "run" / "records.jsonl").read_text(encoding="utf-8").splitlines()
+        choices = {(r["config"], r["id"]): r["choice"] for r in map(json.loads, lines)}
+        assert first[0].video is not None
+        video = {"codec": "h264", "bytes": first[0].video.stat().st_size, "side": _side()}
     finally:
-        torch.set_num_threads(before_threads)
-    return result
+        torch.set_num_threads(before)
+        shutil.rmtree(folder, ignore_errors=True)
+    questions = [
+        {
+            "question": sample.question,
+            "options": list(sample.options),
+            "answer": sample.options[sample.answer or 0],
+            "answers": {config: sample.options[choices[config, sample.id]] for config in configs},
+        }
+        for sample in first[:SHOWN]
+    ]
+    full = json.loads(FULL_RUN.read_text(encoding="utf-8")) if FULL_RUN.is_file() else None
+    return {"kind": "demo", "results": results, "full": full, "video": video, "questions": questions}
 
 
-def show_demo(result: dict[str, Any], console: Any) -> None:
-    """Print a demo's result: what was run, the answers, one table."""
-    from .show import cases_table
+def _side() -> int:
+    from .tiny.world import SIDE
 
-    video, model = result["video"], result["model"]
+    return SIDE
+
+
+def show_demo(result: Mapping[str, Any], console: Any) -> None:
+    """Print some questions with their answers, and the table of budgets."""
+    from rich.table import Table
+
+    from .show import flops_text
+    from .show_eval import interval_text, median_text
+
+    results, full = result["results"], result["full"]
+    found = results["tasks"]["synthetic"]
+    asked, video = found["samples"], result["video"]
     console.print(
-        f"Video: H.264, {video['width']} x {video['height']}, {video['frames_in_file']} frames, "
-        f"{video['bytes'] / 1e3:.0f} kB, made here; {video['frames_taken']} frames taken of it.",
+        f"{len(set(asked['video_id']))} generated videos, {video['side']} x {video['side']}, H.264 "
+        f"(the first: {video['bytes'] / 1e3:.0f} kB); {len(asked['id'])} questions with four options each.\n"
+        "The model is a real LLaVA-OneVision class, tiny, trained on such videos: it shows that everything works and "
+        "how\nreducing behaves, and says nothing about the accuracy of real models.\n",
         highlight=False,
     )
-    console.print(
-        f"Model: a real Hugging Face class with [bold]RANDOM weights[/] (nothing was trained, nothing downloaded), "
-        f"{model['parameters'] / 1e6:.1f} M parameters.\n       {model['shape']}.",
-        highlight=False,
-    )
-    console.print(f"Question: {result['question']}", highlight=False)
-    for name, answer in result["answers"].items():
-        console.print(f"  {name}: {answer!r}", highlight=False, markup=False)
-    console.print("  (random weights write random words: the numbers below are what the demo is about)\n", style="dim")
-    table = cases_table(
-        "One question, one video: unpatched and patched",
-        result["cases"],
-        before=result["before"],
-        layer=result["inner_layer"],
-    )
+    for question in result["questions"]:
+        answers = question["answers"]
+        said = ", ".join(f"{config} {answer}" for config, answer in answers.items())
+        if len(set(answers.values())) == 1:
+            said = f"{next(iter(answers.values()))} at every budget"
+        console.print(f"{question['question']}  ({' / '.join(question['options'])})", highlight=False, markup=False)
+        console.print(f"  right: {question['answer']}; answered: {said}", style="dim", highlight=False, markup=False)
+    table = Table(title="\nAccuracy against budget", title_justify="left", title_style="bold")
+    table.add_column("")
+    for label in ("video tokens", "after the inner merge", "FLOPs", "first token", "accuracy here"):
+        table.add_column(label, justify="right")
+    whole = None if full is None else full["tasks"]["synthetic"]
+    if whole is not None:
+        table.add_column(f"all {len(whole['samples']['id'])} questions", justify="right")
+    for config, got in found["configs"].items():
+        row = [
+            config,
+            median_text(got["tokens"]["entering"]),
+            median_text(got["tokens"].get("after_inner")),
+            flops_text(got["flops"]["total"]["median"]),
+            f"{median_text(got['ms'].get('ttft'), '.0f')} ms",
+            interval_text(got["accuracy"]),
+        ]
+        if whole is not None:
+            other = whole["configs"].get(config)
+            row.append("-" if other is None else interval_text(other["accuracy"]))
+        table.add_row(*row)
     console.print(table)
-    here = result["conditions"]
+    here = results["conditions"]
     console.print(
-        f"Median (range) of {here['repeats']} runs after {here['warmup']} warm-up, cases taking turns; "
-        f"{here['device']}, {here['threads']} thread(s), {here['dtype']}, {here['attn']}, "
-        f"torch {here['versions']['torch']}, transformers {here['versions']['transformers']}.\n"
-        "Unpatched, vision includes the projector. FLOPs: multiply-adds times two, every stage counted.",
+        "Accuracy in % with 95 % intervals clustered by video; the rest are medians, FLOPs with every stage counted.\n"
+        f"Measured on {here['device']}, {here['threads']} thread(s), {here['dtype']}, {here['attn']}, torch "
+        f"{here['versions']['torch']}, transformers {here['versions']['transformers']}."
+        + ("" if full is None else " The last column is the committed run of the whole test split."),
         style="dim",
         highlight=False,
     )
-
-
-def sum_parameters(model: Any) -> int:
-    """Parameters of a model."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _attention(model: Any) -> str:
-    return str(getattr(model.config, "_attn_implementation", None) or "sdpa")

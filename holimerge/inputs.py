@@ -29,8 +29,9 @@ DEFAULT_TEMPLATES = {
         "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     ),
     "qwen2_5_vl": (
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-        "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% for part in message['content'] %}"
+        "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+        "<|im_start|>{{ message['role'] }}\n{% for part in message['content'] %}"
         "{% if part['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
         "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
         "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -70,11 +71,14 @@ def build_inputs(
     tokenizer: Any,
     settings: Settings,
     chat_template: str | None = None,
+    system: str | None = None,
+    answer_prefix: str = "",
 ) -> dict[str, Tensor]:
     """Build the inputs of one question about one video, several, or none.
 
-    The prompt is one user turn, videos first, then the question, then the start of the answer. The template is
-    `chat_template`, else the tokenizer's if it can show a video, else `DEFAULT_TEMPLATES`. Each placeholder grows to
+    The prompt is a system turn if one is given (without one, Qwen2.5-VL's template puts its own there), one user turn,
+    videos first, then the question, then the start of the answer, with `answer_prefix` as its first words. The template
+    is `chat_template`, else the tokenizer's if it can show a video, else `DEFAULT_TEMPLATES`. Each placeholder grows to
     the tokens its video will have: LLaVA-OneVision T ceil(h/2) ceil(w/2) + 1 (the newline), with h x w patches a
     frame; Qwen2.5-VL t h w / merge_size^2.
 
@@ -85,6 +89,8 @@ def build_inputs(
         tokenizer: the model's tokenizer.
         settings: from `preprocess.load_preprocessor`.
         chat_template: Jinja text, usually from `load_chat_template`.
+        system: text of the system turn; None leaves it to the template.
+        answer_prefix: words the answer begins with, for instance "Best Option: ("; tokenised together with the prompt.
 
     Returns:
         int64 input_ids and attention_mask `[1, L]`; with videos also pixel_values_videos, float32: LLaVA-OneVision
@@ -94,8 +100,9 @@ def build_inputs(
 
     Raises:
         TypeError: `video` is not made of `Video`s.
-        ValueError: another model family; settings, tokenizer or template that do not fit the model; a placeholder
-            token inside the question; LLaVA-OneVision videos of unequal length.
+        ValueError: another model family; settings, tokenizer or template that do not fit the model; a template that
+            shows no system turn; a placeholder token inside the question, the system text or the prefix;
+            LLaVA-OneVision videos of unequal length.
     """
     family = config.model_type
     if family not in FAMILIES or settings.model_type != family:
@@ -107,7 +114,7 @@ def build_inputs(
     if not all(isinstance(v, Video) for v in videos):
         raise TypeError("video must be a Video from holimerge.video.read_video, or a list of them")
     _check_sizes(config, settings)
-    ids = _prompt_ids(question, len(videos), config, tokenizer, chat_template)
+    ids = _prompt_ids(question, len(videos), config, tokenizer, chat_template, system, answer_prefix)
     pixels = [settings.pixels(v.frames) for v in videos]
     if family == "llava_onevision":
         if len({p["pixel_values_videos"].shape for p in pixels}) > 1:
@@ -186,7 +193,15 @@ def _check_sizes(config: Any, settings: Settings) -> None:
             )
 
 
-def _prompt_ids(question: str, count: int, config: Any, tokenizer: Any, chat_template: str | None) -> list[int]:
+def _prompt_ids(
+    question: str,
+    count: int,
+    config: Any,
+    tokenizer: Any,
+    chat_template: str | None,
+    system: str | None,
+    answer_prefix: str,
+) -> list[int]:
     """Render and tokenise the prompt, with one placeholder token for each of `count` videos."""
     vocabulary = len(tokenizer)
     if not 0 <= config.video_token_id < vocabulary:
@@ -194,9 +209,10 @@ def _prompt_ids(question: str, count: int, config: Any, tokenizer: Any, chat_tem
     placeholder = tokenizer.convert_ids_to_tokens(config.video_token_id)
     image_id = getattr(config, "image_token_id", None)
     image = tokenizer.convert_ids_to_tokens(image_id) if image_id is not None and image_id < vocabulary else None
-    for token in (placeholder, image):
-        if token and token in question:
-            raise ValueError(f"the question contains {token!r}, which stands for pictures in this model; remove it")
+    for name, words in (("question", question), ("system text", system or ""), ("answer prefix", answer_prefix)):
+        for token in (placeholder, image):
+            if token and token in words:
+                raise ValueError(f"the {name} contains {token!r}, which stands for pictures in this model; remove it")
     if chat_template is None:
         own = getattr(tokenizer, "chat_template", None)
         own = own.get("default") if isinstance(own, dict) else own
@@ -204,7 +220,7 @@ def _prompt_ids(question: str, count: int, config: Any, tokenizer: Any, chat_tem
             chat_template = own
         else:  # many language models' own templates know text only
             chat_template = DEFAULT_TEMPLATES[config.model_type]
-    text = _rendered(question, count, tokenizer, chat_template)
+    text = _rendered(question, count, tokenizer, chat_template, system) + answer_prefix
     starts = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
     ids = list(tokenizer(text, add_special_tokens=not starts)["input_ids"])
     if ids.count(config.video_token_id) != count:
@@ -215,18 +231,25 @@ def _prompt_ids(question: str, count: int, config: Any, tokenizer: Any, chat_tem
     return ids
 
 
-def _rendered(question: str, count: int, tokenizer: Any, template: str, quiet: bool = False) -> str:
+def _rendered(
+    question: str, count: int, tokenizer: Any, template: str, system: str | None = None, quiet: bool = False
+) -> str:
     """The prompt of one user turn; with `quiet`, "" where the template cannot render it."""
     content: list[dict[str, str]] = [{"type": "video"} for _ in range(count)]
     content.append({"type": "text", "text": question})
+    turns: list[dict[str, Any]] = [{"role": "user", "content": content}]
+    if system is not None:
+        turns.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
     try:
-        return tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], chat_template=template, tokenize=False, add_generation_prompt=True
-        )
+        text = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # whatever a template's Jinja code raises
         if quiet:
             return ""
-        raise ValueError(f"the chat template cannot show a user turn with {count} videos: {error}") from error
+        shown = f"a user turn with {count} videos" + (" after a system turn" if system is not None else "")
+        raise ValueError(f"the chat template cannot show {shown}: {error}") from error
+    if system is not None and system.strip() not in text:
+        raise ValueError(f"the chat template does not show the system turn {system!r}; put it into the question")
+    return text
 
 
 def _sampled_rate(video: Video) -> float:

@@ -1,15 +1,19 @@
 """Read the frames of a video: `read_video` takes a file, a folder of images, or frames already in memory.
 
-Sampling rules, both over the n frames of the source:
+Sampling rules, all over the n frames of the source, or of the part from `start` to `end`:
 
 * `uniform` (LLaVA-OneVision, HoliTom): frame numbers `np.linspace(0, n - 1, frames, dtype=int)`, that is rounded down,
   with the first and the last frame included (one frame alone: the first).
+* `left` (LongVideoBench): frame numbers `int(n / frames) * i`, the first frame and whole steps from it.
+* `midpoint` (VLMEvalKit): frame numbers `int(n / (frames + 1) * (i + 1))`, away from both ends.
 * `fps` (Qwen2-VL, Qwen2.5-VL): m frames spread evenly over the duration D, the i-th being the one on screen at
   `i * D / m`; m is `D * fps` limited to `min_frames ... max_frames` and n, then made even (rounded down, at least 1)
   because these models join frames in pairs. At a constant frame rate this equals transformers' Qwen2VLVideoProcessor;
   at a variable one a frame that is on screen at several of these moments is taken once.
 
 A source with fewer frames than asked gives every frame once: nothing is repeated.
+
+A part holds the frames shown first at `start <= t < end` seconds; a part between two frames is the one on screen then.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +34,7 @@ from .video_write import synthetic_clip, write_video
 __all__ = ["BACKENDS", "SAMPLINGS", "Video", "read_video", "sample_indices", "synthetic_clip", "write_video"]
 
 BACKENDS = ("auto", "pyav", "torchcodec", "decord")
-SAMPLINGS = ("uniform", "fps")
+SAMPLINGS = ("uniform", "left", "midpoint", "fps")
 _IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm"}
 _DEFAULT_RATE = 2.0  # frames a second of fps sampling, as in Qwen's own utilities
 
@@ -45,6 +49,8 @@ class Video:
         fps: mean frames a second of the source (not of the sample), or None if unknown.
         duration: length of the source in seconds, or None if unknown.
         total_frames: n, frames in the source, or None if unknown.
+
+            With `start` or `end`, these three are of the part; timestamps and indices stay those of the whole source.
         source: the path, or "array" or "images".
         indices: int64 `[T]` frame numbers within the source, or None if unknown.
     """
@@ -69,14 +75,16 @@ def read_video(
     backend: str = "auto",
     size: tuple[int, int] | None = None,
     source_fps: float | None = None,
+    start: float | None = None,
+    end: float | None = None,
 ) -> Video:
     """Read sampled frames of a video file, a folder of images, an array, or a list of images.
 
     Args:
         source: path to a video file; path to a folder of images (natural order: 2.png before 10.png); uint8
             `[T, H, W, 3]` array or tensor; list of PIL images or of uint8 `[H, W, 3]` arrays.
-        frames: how many frames `sampling="uniform"` takes; a shorter source gives all its frames, each once.
-        sampling: "uniform" or "fps", defined at the top of this module.
+        frames: how many frames every rule but "fps" takes; a shorter source gives all its frames, each once.
+        sampling: "uniform", "left", "midpoint" or "fps", defined at the top of this module.
         fps: frames a second that `sampling="fps"` takes (default 2).
         min_frames, max_frames: limits of `sampling="fps"`.
         backend: who decodes a file. "auto" is "pyav". "torchcodec" and "decord" (decord2 is the maintained package) get
@@ -84,6 +92,8 @@ def read_video(
             only (right with closed GOPs, wrong with open ones, which are therefore refused).
         size: (height, width) to which frames are scaled, while decoding where the back-end can; None keeps the size.
         source_fps: frame rate of a folder or of frames in memory, which have no clock of their own.
+        start, end: seconds since the first frame; only the part between them is read. An end after the last frame is
+            the last frame.
 
     Returns:
         the frames with their times.
@@ -92,11 +102,12 @@ def read_video(
         FileNotFoundError: there is no such file or folder.
         ImportError: the back-end is not installed; the message has the pip command.
         ValueError: not a video, a truncated or damaged one (with the number of frames that are there), zero frames, no
-            video stream, wrong shape or dtype, or an argument outside its choices.
+            video stream, wrong shape or dtype, an argument outside its choices, or a start after the end.
         TypeError: a source of another kind.
     """
     _check_choices(frames, sampling, fps, min_frames, max_frames, backend, size, source_fps)
-    rule = (frames, sampling, fps, min_frames, max_frames)
+    _check_part(start, end)
+    rule = (frames, sampling, fps, min_frames, max_frames, start, end)
     if isinstance(source, str | os.PathLike):
         path = os.fspath(source)
         if "://" in path:
@@ -124,7 +135,7 @@ def sample_indices(
     min_frames: int = 4,
     max_frames: int = 768,
 ) -> np.ndarray:
-    """Choose frame numbers by one of the two rules at the top of this module.
+    """Choose frame numbers by one of the rules at the top of this module.
 
     Args:
         table: the source's frames, or only their number n (then `sampling="fps"` is an error: no clock).
@@ -139,6 +150,12 @@ def sample_indices(
     total = table if isinstance(table, int) else len(table.pts)
     if sampling == "uniform":
         return np.linspace(0, total - 1, min(frames, total), dtype=int).astype(np.int64)
+    if sampling == "left":
+        count = min(frames, total)
+        return np.arange(count, dtype=np.int64) * (total // count)
+    if sampling == "midpoint":
+        steps = np.arange(1, min(frames, total) + 1, dtype=np.int64)
+        return steps * total // (frames + 1) if frames < total else steps - 1
     if isinstance(table, int) or table.duration is None or table.fps is None:
         raise ValueError("sampling='fps' needs the source's frame rate: give source_fps, or use sampling='uniform'")
     wanted = min(max(total / table.fps * (fps or _DEFAULT_RATE), min_frames), max_frames, total)
@@ -179,18 +196,51 @@ def _check_choices(
         raise ValueError(f"size must be (height, width) in whole positive pixels, got {size!r}")
 
 
-def _choose(table: FrameTable | int, rule: tuple[int, str, float | None, int, int]) -> np.ndarray:
-    frames, sampling, fps, min_frames, max_frames = rule
-    return sample_indices(
-        table, frames=frames, sampling=sampling, fps=fps, min_frames=min_frames, max_frames=max_frames
+def _check_part(start: float | None, end: float | None) -> None:
+    for name, moment in (("start", start), ("end", end)):
+        if moment is not None and not (math.isfinite(moment) and moment >= 0):
+            raise ValueError(f"{name} must be seconds from 0 on, got {moment!r}")
+    if end is not None and end <= (start or 0):
+        raise ValueError(f"end ({end} s) must be after start ({start or 0} s)")
+
+
+def _part(table: FrameTable | int, start: float | None, end: float | None) -> tuple[int, FrameTable | int]:
+    """The frames from `start` to `end`: the number of the first, and a table of them on a clock that starts there."""
+    if start is None and end is None:
+        return 0, table
+    if isinstance(table, int):
+        raise ValueError("start and end need the source's frame rate: give source_fps")
+    total, slack = len(table.pts), 1e-6  # stored times are rounded
+    first = int(np.searchsorted(table.seconds, (start or 0.0) - slack))
+    stop = total if end is None else int(np.searchsorted(table.seconds, end - slack))
+    if first >= stop:  # between two frames, or after the last
+        length = table.duration if table.duration is not None else float(table.seconds[-1])
+        if start is not None and start > length:
+            raise ValueError(f"start ({start} s) is after the end of the video ({length:.3f} s)")
+        first = max(0, first - 1)
+        stop = first + 1
+    seconds = table.seconds[first:stop] - table.seconds[first]
+    until = table.duration if stop == total else float(table.seconds[stop])
+    duration = None if until is None else until - float(table.seconds[first])
+    fps = (stop - first) / duration if duration else table.fps
+    return first, replace(table, pts=table.pts[first:stop], seconds=seconds, duration=duration, fps=fps)
+
+
+def _choose(table: FrameTable | int, rule: tuple[Any, ...]) -> tuple[np.ndarray, FrameTable | int]:
+    """Frame numbers within the whole source, and the table of the part they were chosen from."""
+    frames, sampling, fps, min_frames, max_frames, start, end = rule
+    first, part = _part(table, start, end)
+    chosen = sample_indices(
+        part, frames=frames, sampling=sampling, fps=fps, min_frames=min_frames, max_frames=max_frames
     )
+    return first + chosen, part
 
 
 def _read_file(path: str, rule: tuple[Any, ...], backend: str, size: tuple[int, int] | None) -> Video:
     other = None if backend in ("auto", "pyav") else _OTHER_BACKENDS[backend](path)
     with VideoFile(path) as file:
         table = file.table()
-        indices = _choose(table, rule)
+        indices, part = _choose(table, rule)
         if other is not None:
             if file.turned(table):
                 raise ValueError(f"{path}: the picture is stored rotated; read it with backend='pyav'")
@@ -204,9 +254,10 @@ def _read_file(path: str, rule: tuple[Any, ...], backend: str, size: tuple[int, 
                 pictures = file.decode(table, indices, size)
             except TableMismatchError:  # the packets are not the frames: count them
                 table = file.count()
-                indices = _choose(table, rule)
+                indices, part = _choose(table, rule)
                 pictures = file.decode(table, indices, size)
-    return Video(pictures, table.seconds[indices], table.fps, table.duration, len(table.pts), path, indices)
+    assert not isinstance(part, int)
+    return Video(pictures, table.seconds[indices], part.fps, part.duration, len(part.pts), path, indices)
 
 
 def _torchcodec(path: str) -> Any:
@@ -266,12 +317,12 @@ def _read_images(
     images: Sequence[Any], rule: tuple[Any, ...], size: tuple[int, int] | None, source_fps: float | None, source: str
 ) -> Video:
     clock = _steady_clock(len(images), source_fps)
-    indices = _choose(clock or len(images), rule)
+    indices, part = _choose(clock or len(images), rule)
     pictures = [_one_image(images[i], size) for i in indices]
     sizes = {p.shape for p in pictures}
     if len(sizes) > 1:
         raise ValueError(f"{source}: images of different sizes {sorted(s[:2] for s in sizes)}; give size=(h, w)")
-    return _clocked(np.stack(pictures), indices, clock, len(images), source)
+    return _clocked(np.stack(pictures), indices, clock, part, source)
 
 
 def _one_image(image: Any, size: tuple[int, int] | None) -> np.ndarray:
@@ -315,8 +366,8 @@ def _read_array(values: Any, rule: tuple[Any, ...], size: tuple[int, int] | None
     if not len(array):
         raise ValueError("the array holds zero frames")
     clock = _steady_clock(len(array), source_fps)
-    indices = _choose(clock or len(array), rule)
-    return _clocked(_scaled(array[indices], size), indices, clock, len(array), "array")
+    indices, part = _choose(clock or len(array), rule)
+    return _clocked(_scaled(array[indices], size), indices, clock, part, "array")
 
 
 def _steady_clock(total: int, rate: float | None) -> FrameTable | None:
@@ -326,10 +377,13 @@ def _steady_clock(total: int, rate: float | None) -> FrameTable | None:
     return FrameTable(numbers, numbers, numbers / rate, total / rate, float(rate), counted=True)
 
 
-def _clocked(frames: np.ndarray, indices: np.ndarray, clock: FrameTable | None, total: int, source: str) -> Video:
-    if clock is None:
+def _clocked(
+    frames: np.ndarray, indices: np.ndarray, clock: FrameTable | None, part: FrameTable | int, source: str
+) -> Video:
+    if clock is None or isinstance(part, int):
+        total = part if isinstance(part, int) else len(part.pts)
         return Video(frames, np.full(len(indices), np.nan), None, None, total, source, indices)
-    return Video(frames, clock.seconds[indices], clock.fps, clock.duration, total, source, indices)
+    return Video(frames, clock.seconds[indices], part.fps, part.duration, len(part.pts), source, indices)
 
 
 def _scaled(frames: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:

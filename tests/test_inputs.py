@@ -209,6 +209,40 @@ def test_the_prompts_read_as_published(configs: dict[str, Any], tokenizer: Any) 
     assert qwen["second_per_grid_ts"].tolist() == [1.0]  # 4 frames of a 2 s clip, joined in pairs
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_system_turn_and_answer_prefix(configs: dict[str, Any], tokenizer: Any, family: str) -> None:
+    common: dict[str, Any] = {"config": configs[family], "settings": settings_for(family, configs)}
+    common["tokenizer"] = tokenizer
+
+    def build(**extra: Any) -> tuple[str, list[int]]:
+        ids = build_inputs("Hm?", clip(2), **common, **extra)["input_ids"][0]
+        return tokenizer.decode(ids), ids.tolist()
+
+    plain, system = build()[0], "Watch every detail."
+    text, ids = build(system=system, answer_prefix="Best Option: (")
+    own = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n" * (family == "qwen2_5_vl")
+    start = {
+        "llava_onevision": f"<|im_start|>system \n{system}<|im_end|>",
+        "qwen2_5_vl": f"<|im_start|>system\n{system}<|im_end|>\n",
+    }[family]
+    assert plain.startswith(own)
+    assert text == start + plain.removeprefix(own) + "Best Option: ("  # its own system turn is replaced, not joined
+    assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]  # prefix and prompt are one text
+    assert build(answer_prefix="(")[0] == plain + "("
+    assert build(system=None, answer_prefix="")[0] == plain
+    placeholder = tokenizer.convert_ids_to_tokens(configs[family].video_token_id)
+    for extra in ({"system": placeholder}, {"answer_prefix": placeholder}):
+        with pytest.raises(ValueError, match=f"the {next(iter(extra))[:6]}.* contains .*remove it"):
+            build(**extra)
+    deaf = "{% for m in messages if m['role'] == 'user' %}" + placeholder + "{{ m['content'][-1]['text'] }}{% endfor %}"
+    assert build(chat_template=deaf)[0].endswith("Hm?")
+    with pytest.raises(ValueError, match="does not show the system turn"):
+        build(chat_template=deaf, system=system)
+    refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + deaf
+    with pytest.raises(ValueError, match=r"after a system turn.*no system"):
+        build(chat_template=refusing, system=system)
+
+
 def test_left_padding_and_token_types(configs: dict[str, Any], tokenizer: Any) -> None:
     batch = ours_for("qwen2_5_vl", "batch", configs, tokenizer)
     assert batch["attention_mask"][:, -1].tolist() == [1, 1, 1]

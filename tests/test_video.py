@@ -9,6 +9,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -292,6 +293,67 @@ def test_sampling_rules_on_numbers() -> None:
         sample_indices(10, sampling="fps")
 
 
+@pytest.mark.parametrize("total", [1, 2, 7, 31, 32, 33, 100, 4096])
+@pytest.mark.parametrize("frames", [1, 3, 32])
+def test_left_and_midpoint_rules(total: int, frames: int) -> None:
+    count = min(frames, total)
+    left = sample_indices(total, frames=frames, sampling="left").tolist()
+    assert left == [int(total / count) * i for i in range(count)]
+    middle = sample_indices(total, frames=frames, sampling="midpoint").tolist()
+    if frames < total:
+        assert middle == [int(Fraction(total, frames + 1) * i) for i in range(1, frames + 1)]
+    else:
+        assert middle == list(range(total))  # a short source gives each frame once
+    for chosen in (left, middle):
+        assert len(set(chosen)) == count
+        assert chosen[0] >= 0
+        assert chosen == sorted(chosen)
+        assert chosen[-1] < total
+
+
+def test_a_part_by_every_rule(make: Any) -> None:
+    """From 1 s to 2 s at 30 frames a second: frames 30 to 59."""
+    path, part = make("short.mp4"), {"start": 1.0, "end": 2.0}
+    video = read_video(path, frames=4, **part)
+    assert numbers(video.frames) == [30, 39, 49, 59]
+    np.testing.assert_allclose(video.timestamps, np.array([30, 39, 49, 59]) / 30, atol=1e-4)  # of the whole source
+    assert video.total_frames == 30
+    assert video.duration == pytest.approx(1.0, abs=1e-3)
+    assert video.fps == pytest.approx(30, rel=1e-3)
+    assert numbers(read_video(path, frames=4, sampling="left", **part).frames) == [30, 37, 44, 51]
+    assert numbers(read_video(path, frames=4, sampling="midpoint", **part).frames) == [36, 42, 48, 54]
+    assert numbers(read_video(path, sampling="fps", fps=4, **part).frames) == [30, 37, 45, 52]
+    assert numbers(read_video(path, frames=99, **part).frames) == list(range(30, 60))
+    assert numbers(read_video(path, frames=2, start=3).frames) == [90, N - 1]
+    assert numbers(read_video(path, frames=2, end=99).frames) == [0, N - 1]
+    assert numbers(read_video(path, frames=2, end=0.01).frames) == [0]
+    assert numbers(read_video(path, start=1.001, end=1.03).frames) == [30]  # between two frames: the one on screen
+    assert numbers(read_video(path, start=3.99).frames) == [N - 1]
+
+
+@pytest.mark.parametrize("name", ["vfr.mp4", "vfr.mkv", "refresh.mp4"])
+def test_parts_follow_the_clock_and_meet_without_gap_or_overlap(make: Any, name: str) -> None:
+    times = TIMES if name.startswith("vfr") else np.arange(N) / 30
+    cuts = [0.0, times[40] - 2e-3, times[41] - 2e-3, times[77] - 2e-3, times[-1] + 9]
+    shown: list[int] = []
+    for start, end in pairwise(cuts):
+        video = read_video(make(name), frames=N, start=start, end=end)
+        shown += numbers(video.frames)
+        np.testing.assert_allclose(video.timestamps, times[numbers(video.frames)], atol=1.1e-3)
+        assert video.total_frames == len(video.frames)
+    assert shown == list(range(N))
+
+
+def test_a_part_of_frames_in_memory() -> None:
+    frames = counted_frames(20)
+    video = read_video(frames, frames=3, source_fps=10, start=0.5, end=1.5)
+    assert numbers(video.frames) == [5, 9, 14]
+    np.testing.assert_allclose(video.timestamps, [0.5, 0.9, 1.4])
+    assert (video.total_frames, video.duration) == (10, pytest.approx(1.0))
+    with pytest.raises(ValueError, match="give source_fps"):
+        read_video(frames, start=0.5)
+
+
 # --- clear errors -----------------------------------------------------------------------------------------------------
 
 
@@ -399,7 +461,7 @@ def test_audio_only(tmp_path: Path, ending: str, codec: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"sampling": "random"}, "uniform, fps"),
+        ({"sampling": "random"}, "uniform, left, midpoint, fps"),
         ({"backend": "opencv"}, "auto, pyav, torchcodec, decord"),
         ({"frames": 0}, "frames must be a whole number of at least 1"),
         ({"frames": -3}, "at least 1"),
@@ -412,6 +474,11 @@ def test_audio_only(tmp_path: Path, ending: str, codec: str) -> None:
         ({"size": (0, 5)}, "height, width"),
         ({"size": 5.0}, "height, width"),
         ({"source_fps": 5}, "own clock"),
+        ({"start": -1}, "start must be seconds from 0 on"),
+        ({"end": float("nan")}, "end must be seconds"),
+        ({"start": 2, "end": 1}, r"end \(1 s\) must be after start \(2 s\)"),
+        ({"end": 0}, "must be after start"),
+        ({"start": 99}, r"start \(99 s\) is after the end of the video \(4\.000 s\)"),
     ],
 )
 def test_bad_arguments(make: Any, arguments: dict[str, Any], message: str) -> None:

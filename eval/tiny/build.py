@@ -1,4 +1,4 @@
-"""From training to a checkpoint folder that `from_pretrained` loads, and where the embedded one lies."""
+"""From trained weights to a checkpoint folder that `from_pretrained` loads."""
 
 from __future__ import annotations
 
@@ -10,13 +10,10 @@ from .architecture import tiny_config
 from .language import tokenizer
 from .world import SIDE
 
-PATH = Path(__file__).parent / "checkpoint"
-
 
 def write_checkpoint(model: Any, folder: Path) -> None:
     """Write config, bf16 weights, tokenizer and processor files in the Hugging Face layout."""
     import torch
-    from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor  # noqa: F401
 
     folder.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16).save_pretrained(folder)

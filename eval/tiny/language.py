@@ -18,7 +18,7 @@ MEANINGS = (
     *(f"place:{word}" for word in PLACES),
     *(f"row:{word}" for word in ROWS),
     *(f"column:{word}" for word in COLUMNS),
-    *(f"count:{word}" for word in NUMBERS),
+    *(f"number:{word}" for word in NUMBERS),
     "x",
     "y",
     "video",

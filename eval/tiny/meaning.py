@@ -1,8 +1,8 @@
-"""The code that tower and LLM share: one fixed direction for each meaning; a video token is the sum of what it shows."""
+"""The code that tower and LLM share: one direction for each meaning; a video token is the sum of what it shows."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from .architecture import WIDTH
 from .language import MEANINGS
 from .world import COLORS, COLUMNS, GRID, NUMBERS, PLACES, ROWS, SHAPES, Facts
 
-SIZES = {"shape": len(SHAPES), "color": len(COLORS), "place": len(PLACES), "count": len(NUMBERS)}
+SIZES = {"shape": len(SHAPES), "color": len(COLORS), "place": len(PLACES), "number": len(NUMBERS)}
 
 
 class Labels(NamedTuple):
@@ -21,7 +21,7 @@ class Labels(NamedTuple):
     color: Tensor
     direction: Tensor
     place: Tensor
-    count: Tensor
+    number: Tensor
     scene: Tensor
 
 
@@ -31,24 +31,25 @@ def labels(facts: Facts, *, seen: bool = False) -> Labels:
     shape, color, direction = (
         torch.from_numpy(part).reshape(frames, -1) for part in (facts.shape, facts.color, facts.direction)
     )
-    place, count, scene = (
+    place, number, scene = (
         torch.from_numpy(part)[:, None].expand(frames, GRID * GRID) for part in (facts.place, facts.count, facts.scene)
     )
     if seen:
-        count = ((shape >= 0) & (shape < len(SHAPES) - 1)).sum(1, keepdim=True).expand_as(count)
-    return Labels(shape, color, direction, place, count, scene)
+        number = ((shape >= 0) & (shape < len(SHAPES) - 1)).sum(1, keepdim=True).expand_as(number)
+    return Labels(shape, color, direction, place, number, scene)
 
 
 class Code:
     """Orthonormal directions `[meanings, WIDTH]`, the same for every run."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: Any = "cpu") -> None:
         generator = torch.Generator().manual_seed(20260731)
         noise = torch.randn(WIDTH, len(MEANINGS), generator=generator, dtype=torch.float64)
-        self.table = torch.linalg.qr(noise).Q.T.float().contiguous()
+        self.table = torch.linalg.qr(noise).Q.T.float().contiguous().to(device)
         self.index = {name: i for i, name in enumerate(MEANINGS)}
-        rows, columns = torch.arange(GRID).repeat_interleave(GRID), torch.arange(GRID).repeat(GRID)
-        axis = (torch.arange(GRID) - (GRID - 1) / 2) / GRID
+        cells = torch.arange(GRID, device=device)
+        rows, columns = cells.repeat_interleave(GRID), cells.repeat(GRID)
+        axis = (cells - (GRID - 1) / 2) / GRID
         third = GRID // 3
         self.position = (
             self.of("video")
@@ -72,7 +73,7 @@ class Code:
         there = (found.shape >= 0)[..., None]
         thing = self.kind("shape")[found.shape.clamp_min(0)] + self.kind("color")[found.color.clamp_min(0)]
         thing = thing + self.of("object")
-        scene = self.kind("place")[found.place] + self.kind("count")[found.count]
+        scene = self.kind("place")[found.place] + self.kind("number")[found.number]
         return self.position + scene + thing * there
 
     def word(self, word: str) -> Tensor | None:

@@ -18,7 +18,8 @@ class Optimizers:
     """Muon for the matrices inside, AdamW for embeddings, norms, biases and heads."""
 
     def __init__(self, modules: Iterable[nn.Module], *, muon: float, adamw: float, decay: float = 0.01) -> None:
-        inner, outer = [], []
+        inner: list[nn.Parameter] = []
+        outer: list[nn.Parameter] = []
         for module in modules:
             for name, parameter in module.named_parameters():
                 if parameter.requires_grad:

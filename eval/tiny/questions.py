@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
@@ -73,23 +75,141 @@ def ask(story: Story, *, each: int = 1, categories: Sequence[str] = CATEGORIES) 
     rng = np.random.default_rng(np.random.SeedSequence((*story.seed, 77)))
     found = []
     for category in CATEGORIES:
-        makers = _MAKERS[category](story)
-        chosen = rng.permutation(len(makers))[:each]
-        drawn = [makers[int(i)](rng) for i in chosen]
+        drafts = _DRAFTS[category](story)
+        chosen = rng.permutation(len(drafts))[:each]
+        drawn = [_finish(rng, story, category, drafts[int(i)]) for i in chosen]
         if category in categories:
             found.extend(drawn)
     return found
 
 
-Maker = Callable[[np.random.Generator], Question]
+@dataclass(frozen=True)
+class _Draft:
+    """A question before chance chose its options.
+
+    text: with "{}" where `thing` is to be named. evidence: as in `Question`. present: words that are true of something
+    in the video; words: all that could be asked of; banned: never an option.
+    """
+
+    text: str
+    answer: str
+    evidence: tuple[int, tuple[int, int] | None]
+    present: Sequence[str]
+    words: Sequence[str]
+    banned: tuple[str, ...] = ()
+    thing: Thing | None = None
 
 
-def _cast(story: Story) -> list[tuple[int, Scene, Thing]]:
-    return [(index, scene, thing) for index, scene in enumerate(story.scenes) for thing in scene.things]
+def _finish(rng: np.random.Generator, story: Story, category: str, draft: _Draft) -> Question:
+    """Options: the answer, then what occurs in the video, then other words; shuffled."""
+    text = draft.text if draft.thing is None else draft.text.format(_name(rng, story, draft.thing))
+    words = draft.words
+    if category == "count":  # four numbers in a row
+        low = max(1, NUMBERS.index(draft.answer) - int(rng.integers(4)))
+        words = NUMBERS[low : low + 4]
+    here, ban = {*draft.present, draft.answer}, {*draft.banned, draft.answer}
+    near = [word for word in words if word in here - ban]
+    far = [word for word in words if word not in here | ban]
+    others = [near[i] for i in rng.permutation(len(near))] + [far[i] for i in rng.permutation(len(far))]
+    options = [draft.answer, *others[:3]]
+    options = [options[i] for i in rng.permutation(4)]
+    possible = tuple(option in here for option in options)
+    return Question(category, text, tuple(options), options.index(draft.answer), draft.evidence, possible)
 
 
-def _plain(story: Story) -> list[tuple[int, Scene, Thing]]:
-    return [row for row in _cast(story) if row[2].shape != NEEDLE]
+class _Part(NamedTuple):
+    """An object and the scene it is in."""
+
+    at: int
+    scene: Scene
+    thing: Thing
+
+    @property
+    def evidence(self) -> tuple[int, tuple[int, int]]:
+        return self.at, (self.thing.shape, self.thing.color)
+
+
+def _cast(story: Story) -> list[_Part]:
+    return [_Part(index, scene, thing) for index, scene in enumerate(story.scenes) for thing in scene.things]
+
+
+def _plain(story: Story) -> list[_Part]:
+    return [part for part in _cast(story) if part.thing.shape != NEEDLE]
+
+
+def _places(story: Story) -> list[str]:
+    return [PLACES[scene.place] for scene in story.scenes]
+
+
+def _colors(story: Story) -> list[str]:
+    return [COLORS[part.thing.color] for part in _cast(story)]
+
+
+def _name(rng: np.random.Generator, story: Story, thing: Thing) -> str:
+    """ "the cross" where that is enough (half the time), else "the red cross"."""
+    alone = sum(part.thing.shape == thing.shape for part in _cast(story)) == 1
+    if alone and rng.integers(2):
+        return f"the {SHAPES[thing.shape]}"
+    return f"the {COLORS[thing.color]} {SHAPES[thing.shape]}"
+
+
+def _what(story: Story) -> list[_Draft]:
+    colors, shapes = _colors(story), [SHAPES[part.thing.shape] for part in _plain(story)]
+    drafts = []
+    for part in _plain(story):
+        thing, others, place = part.thing, part.scene.things, PLACES[part.scene.place]
+        color, shape = COLORS[thing.color], SHAPES[thing.shape]
+        if shapes.count(shape) == 1:
+            drafts.append(_Draft(f"what color is the {shape} ?", color, part.evidence, colors, COLORS))
+        elif sum(other.shape == thing.shape for other in others) == 1:
+            drafts.append(_Draft(f"what color is the {shape} in the {place} ?", color, part.evidence, colors, COLORS))
+        if sum(other.color == thing.color for other in others) == 1:
+            text = f"what shape is the {color} object in the {place} ?"
+            drafts.append(_Draft(text, shape, part.evidence, shapes, SHAPES[:NEEDLE]))
+    return drafts
+
+
+def _needle(story: Story) -> list[_Draft]:
+    drafts = []
+    for part in _cast(story):
+        if part.thing.shape == NEEDLE:
+            color, place, name = COLORS[part.thing.color], PLACES[part.scene.place], SHAPES[NEEDLE]
+            drafts += [
+                _Draft(f"what color is the {name} ?", color, part.evidence, _colors(story), COLORS),
+                _Draft(f"in which place is the {name} ?", place, part.evidence, _places(story), PLACES),
+            ]
+    return drafts
+
+
+def _count(story: Story) -> list[_Draft]:
+    counts = [NUMBERS[len(scene.things)] for scene in story.scenes]
+    return [
+        _Draft(f"how many objects are in the {PLACES[scene.place]} ?", count, (index, None), counts, NUMBERS)
+        for index, (scene, count) in enumerate(zip(story.scenes, counts, strict=True))
+        if all(thing.shape != NEEDLE for thing in scene.things)
+    ]
+
+
+def _order(story: Story) -> list[_Draft]:
+    """First and last: one option of the first (last) scene, the others of other scenes."""
+    drafts = []
+    by_scene = [{SHAPES[t.shape] for t in scene.things if t.shape != NEEDLE} for scene in story.scenes]
+    for word, edge in (("first", 0), ("last", len(by_scene) - 1)):
+        others = set().union(*(shapes for index, shapes in enumerate(by_scene) if index != edge))
+        rest = sorted(others - by_scene[edge])
+        for shape in sorted(by_scene[edge] - others):
+            if len(rest) >= 3:
+                drafts.append(_Draft(f"which object comes {word} ?", shape, (edge, ANY), rest, [*rest, shape]))
+    return drafts
+
+
+def _scene(story: Story) -> list[_Draft]:
+    return [
+        _Draft(
+            "in which place is {} ?", PLACES[part.scene.place], part.evidence, _places(story), PLACES, thing=part.thing
+        )
+        for part in _plain(story)
+    ]
 
 
 def _region(scene: Scene, thing: Thing) -> str | None:
@@ -103,180 +223,37 @@ def _region(scene: Scene, thing: Thing) -> str | None:
     return REGIONS[found.pop()] if len(found) == 1 and thing.direction is None else None
 
 
-def _build(
-    rng: np.random.Generator,
-    category: str,
-    text: str,
-    answer: str,
-    evidence: tuple[int, Thing | tuple[int, int] | None],
-    present: Iterable[str],
-    words: Sequence[str],
-    banned: Iterable[str] = (),
-) -> Question:
-    """Options: the answer, then what occurs in the video, then other words; shuffled."""
-    here = set(present) | {answer}
-    ban = set(banned) | {answer}
-    near = [word for word in words if word in here - ban]
-    far = [word for word in words if word not in here | ban]
-    others = [near[i] for i in rng.permutation(len(near))] + [far[i] for i in rng.permutation(len(far))]
-    options = [answer, *others[:3]]
-    options = [options[i] for i in rng.permutation(4)]
-    scene, thing = evidence
-    return Question(
-        category,
-        text,
-        tuple(options),
-        options.index(answer),
-        (scene, (thing.shape, thing.color) if isinstance(thing, Thing) else thing),
-        tuple(option in here for option in options),
-    )
-
-
-def _name(rng: np.random.Generator, story: Story, thing: Thing, color: bool | None = None) -> str:
-    """ "the cross" where that is enough (half the time), else "the red cross"."""
-    alone = sum(other.shape == thing.shape for _, _, other in _cast(story)) == 1
-    if alone and (color is False or (color is None and rng.integers(2))):
-        return f"the {SHAPES[thing.shape]}"
-    return f"the {COLORS[thing.color]} {SHAPES[thing.shape]}"
-
-
-def _what(story: Story) -> list[Maker]:
-    cast = _plain(story)
-    colors = [COLORS[thing.color] for _, _, thing in _cast(story)]
-    shapes = [SHAPES[thing.shape] for _, _, thing in cast]
-    makers: list[Maker] = []
-    for at, scene, thing in cast:
-        seen = (at, thing)
-        color, shape, place = COLORS[thing.color], SHAPES[thing.shape], PLACES[scene.place]
-        if shapes.count(shape) == 1:
-            makers.append(
-                lambda rng, s=shape, c=color, e=seen: _build(
-                    rng, "what", f"what color is the {s} ?", c, e, colors, COLORS
-                )
-            )
-        elif sum(other.shape == thing.shape for other in scene.things) == 1:
-            makers.append(
-                lambda rng, s=shape, c=color, p=place, e=seen: _build(
-                    rng, "what", f"what color is the {s} in the {p} ?", c, e, colors, COLORS
-                )
-            )
-        if sum(other.color == thing.color for other in scene.things) == 1:
-            makers.append(
-                lambda rng, s=shape, c=color, p=place, e=seen: _build(
-                    rng, "what", f"what shape is the {c} object in the {p} ?", s, e, shapes, SHAPES[:NEEDLE]
-                )
-            )
-    return makers
-
-
-def _needle(story: Story) -> list[Maker]:
-    cast = _cast(story)
-    colors = [COLORS[thing.color] for _, _, thing in cast]
-    places = [PLACES[scene.place] for scene in story.scenes]
-    makers: list[Maker] = []
-    for at, scene, thing in cast:
-        if thing.shape == NEEDLE:
-            seen, color, place = (at, thing), COLORS[thing.color], PLACES[scene.place]
-            makers.append(
-                lambda rng, c=color, e=seen: _build(
-                    rng, "needle", "what color is the hourglass ?", c, e, colors, COLORS
-                )
-            )
-            makers.append(
-                lambda rng, p=place, e=seen: _build(
-                    rng, "needle", "in which place is the hourglass ?", p, e, places, PLACES
-                )
-            )
-    return makers
-
-
-def _count(story: Story) -> list[Maker]:
-    makers: list[Maker] = []
-    counts = [len(scene.things) for scene in story.scenes]
-    for at, (scene, count) in enumerate(zip(story.scenes, counts, strict=True)):
-        if any(thing.shape == NEEDLE for thing in scene.things):
-            continue
-        text = f"how many objects are in the {PLACES[scene.place]} ?"
-
-        def make(rng: np.random.Generator, at: int = at, count: int = count, text: str = text) -> Question:
-            low = max(1, count - int(rng.integers(4)))
-            window = NUMBERS[low : low + 4]
-            return _build(rng, "count", text, NUMBERS[count], (at, None), [NUMBERS[c] for c in counts], window)
-
-        makers.append(make)
-    return makers
-
-
-def _order(story: Story) -> list[Maker]:
-    """First and last: one option of the first (last) scene, the others of other scenes."""
-    makers: list[Maker] = []
-    by_scene = [{SHAPES[t.shape] for t in scene.things if t.shape != NEEDLE} for scene in story.scenes]
-    for word, edge in (("first", 0), ("last", len(by_scene) - 1)):
-        others = set().union(*(shapes for i, shapes in enumerate(by_scene) if i != edge))
-        for shape in sorted(by_scene[edge] - others):
-            rest = sorted(others - by_scene[edge])
-            if len(rest) >= 3:
-                text = f"which object comes {word} ?"
-                makers.append(
-                    lambda rng, s=shape, r=rest, t=text, e=edge: _build(rng, "order", t, s, (e, ANY), r, [*r, s])
-                )
-    return makers
-
-
-def _scene(story: Story) -> list[Maker]:
-    places = [PLACES[scene.place] for scene in story.scenes]
+def _where(story: Story) -> list[_Draft]:
+    regions = [(part, _region(part.scene, part.thing)) for part in _plain(story)]
+    present = [region for _, region in regions if region]
     return [
-        lambda rng, t=thing, s=scene, i=at: _build(
-            rng, "scene", f"in which place is {_name(rng, story, t)} ?", PLACES[s.place], (i, t), places, PLACES
-        )
-        for at, scene, thing in _plain(story)
-    ]
-
-
-def _where(story: Story) -> list[Maker]:
-    regions = [(at, thing, _region(scene, thing)) for at, scene, thing in _plain(story)]
-    present = [region for _, _, region in regions if region]
-    return [
-        lambda rng, t=thing, r=region, i=at: _build(
-            rng, "where", f"where is {_name(rng, story, t)} ?", r, (i, t), present, REGIONS
-        )
-        for at, thing, region in regions
+        _Draft("where is {} ?", region, part.evidence, present, REGIONS, thing=part.thing)
+        for part, region in regions
         if region
     ]
 
 
-def _direction(story: Story) -> list[Maker]:
-    movers = [(at, thing, thing.direction) for at, _, thing in _plain(story) if thing.direction is not None]
-    present = [DIRECTIONS[direction] for _, _, direction in movers]
+def _direction(story: Story) -> list[_Draft]:
+    movers = [(part, DIRECTIONS[part.thing.direction]) for part in _plain(story) if part.thing.direction is not None]
+    present = [direction for _, direction in movers]
     return [
-        lambda rng, t=thing, d=direction, i=at: _build(
-            rng,
-            "direction",
-            f"which way does {_name(rng, story, t)} move ?",
-            DIRECTIONS[d],
-            (i, t),
-            present,
-            DIRECTIONS,
-        )
-        for at, thing, direction in movers
+        _Draft("which way does {} move ?", direction, part.evidence, present, DIRECTIONS, thing=part.thing)
+        for part, direction in movers
     ]
 
 
-def _next(story: Story) -> list[Maker]:
-    places = [PLACES[scene.place] for scene in story.scenes]
-    makers: list[Maker] = []
-    for at, (before, after) in enumerate(zip(places, places[1:], strict=False)):
+def _next(story: Story) -> list[_Draft]:
+    places = _places(story)
+    drafts = []
+    for index, (before, after) in enumerate(pairwise(places)):
         for word, named, answer in (("after", before, after), ("before", after, before)):
+            others = [place for place in places if place != named]
             text = f"which place comes {word} the {named} ?"
-            makers.append(
-                lambda rng, t=text, a=answer, n=named, i=at: _build(
-                    rng, "next", t, a, (i + 1, None), [p for p in places if p != n], PLACES, banned=[n]
-                )
-            )
-    return makers
+            drafts.append(_Draft(text, answer, (index + 1, None), others, PLACES, banned=(named,)))
+    return drafts
 
 
-_MAKERS: dict[str, Callable[[Story], list[Maker]]] = {
+_DRAFTS: dict[str, Callable[[Story], list[_Draft]]] = {
     "what": _what,
     "needle": _needle,
     "count": _count,

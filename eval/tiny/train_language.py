@@ -5,6 +5,7 @@ Many questions share one video: each sees the video and itself, so a video is re
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,8 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .architecture import WIDTH
 from .language import INDEX, WORDS, encode
@@ -22,19 +23,19 @@ from .optimize import Log, Optimizers, part_of, rate_at, restore, save
 from .questions import ANY, CATEGORIES, Question, ask
 from .world import DIRECTIONS, PLACES, Story, World, describe, draw_story, render
 
-BEFORE, AFTER = [INDEX["<|im_start|>"], INDEX["user"]], [INDEX["<|im_end|>"], INDEX["<|im_start|>"], INDEX["assistant"]]
-HINT_LAYER = 2  # after which the video tokens should know what only time tells
-HINTS = {
-    "direction": len(DIRECTIONS) + 1,
-    "before": len(PLACES) + 1,
-    "scene": 6,
-}  # what video tokens are helped to know
+BEFORE = [INDEX["<|im_start|>"], INDEX["user"]]
+AFTER = [INDEX["<|im_end|>"], INDEX["<|im_start|>"], INDEX["assistant"]]
+HINT_LAYER = 2  # after so many layers the video tokens should know what only time tells:
+HINTS = {"direction": len(DIRECTIONS) + 1, "before": len(PLACES) + 1, "scene": 6}
 
 
 class Asked(NamedTuple):
-    """Questions of a batch of videos, K each, padded on the right. `ids` `[B, K, Lq]`, `last` `[B, K]` where the answer
-    is predicted, `options` `[B, K, 4]`, `answer` `[B, K]`, `category` `[B, K]`, -1 where there is no question; `evidence` bool `[B, K, T * N]`, the video tokens that show the
-    answer."""
+    """Questions of a batch of videos, K each, padded on the right.
+
+    `ids` `[B, K, Lq]`; `last` `[B, K]`, where the answer is predicted; `options` `[B, K, 4]`; `answer` `[B, K]`;
+    `category` `[B, K]`, -1 where there is no question; `evidence` bool `[B, K, T * N]`, the video tokens that show the
+    answer.
+    """
 
     ids: Tensor
     last: Tensor
@@ -101,12 +102,13 @@ def answer_states(llm: Any, prefix: Tensor, asked: Asked, watch: Tensor) -> Stat
     B, P, D = prefix.shape
     _, K, L = asked.ids.shape
     hidden = torch.cat([prefix, llm.embed_tokens(asked.ids).flatten(1, 2)], 1)
-    positions = torch.cat([torch.arange(P), (P + torch.arange(L)).repeat(K)])[None]
+    count = functools.partial(torch.arange, device=hidden.device)
+    positions = torch.cat([count(P), (P + count(L)).repeat(K)])[None]
     cos, sin = llm.rotary_emb(hidden, positions)
-    block = torch.block_diag(*[torch.ones(L, L).tril()] * K).bool()
-    mask = torch.cat([torch.ones(K * L, P, dtype=torch.bool), block], 1)
+    block = torch.block_diag(*[torch.ones(L, L, device=hidden.device).tril()] * K).bool()
+    mask = torch.cat([block.new_ones(K * L, P), block], 1)
     hint = looks = follows = hidden
-    rows, heads = torch.arange(B)[:, None], llm.config.num_attention_heads // 2
+    rows, heads = count(B)[:, None], llm.config.num_attention_heads // 2
     for index, layer in enumerate(llm.layers):
         attention = layer.self_attn
         normed = layer.input_layernorm(hidden)
@@ -117,13 +119,13 @@ def answer_states(llm: Any, prefix: Tensor, asked: Asked, watch: Tensor) -> Stat
         q, k = _turn(q, cos, sin), _turn(k, cos, sin)
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         if index in (HINT_LAYER - 1, HINT_LAYER):
-            at = watch if index < HINT_LAYER else P + torch.arange(K) * L + asked.last
+            at = watch if index < HINT_LAYER else P + count(K) * L + asked.last
             asking = q[:, :heads].transpose(1, 2)[rows, at].transpose(1, 2)
             logits = asking @ k[:, :heads, :P].transpose(-1, -2) / attention.head_dim**0.5
             if index == HINT_LAYER:
                 looks = logits
             else:
-                follows = logits.masked_fill((torch.arange(P) > watch[..., None])[:, None], -1e9)
+                follows = logits.masked_fill((count(P) > watch[..., None])[:, None], -1e9)
         video = F.scaled_dot_product_attention(q[:, :, :P], k[:, :, :P], v[:, :, :P], is_causal=True)
         words = F.scaled_dot_product_attention(q[:, :, P:], k, v, attn_mask=mask)
         mixed = torch.cat([video, words], 2).transpose(1, 2).flatten(2)
@@ -175,7 +177,7 @@ class Hints(nn.Module):
             wanted, said = getattr(truth, name), head(states)
             weight = None
             if name == "direction":  # objects at rest are many
-                weight = torch.tensor([0.2, *[1.0] * len(DIRECTIONS)])
+                weight = states.new_tensor([0.2, *[1.0] * len(DIRECTIONS)])
                 report[f"hint {name}"] = (said.argmax(-1) == wanted)[wanted > 0].float().mean().item()
             else:
                 report[f"hint {name}"] = (said.argmax(-1) == wanted).float().mean().item()
@@ -212,7 +214,8 @@ def begin_aligned(model: Any, code: Code) -> None:
 @dataclass(frozen=True)
 class Phase:
     """A stretch of training. Every step draws one of `worlds`, by its share in percent; batches hold about `tokens`
-    video tokens. `real`: video tokens come from the tower, else from the code."""
+    video tokens. `real`: video tokens come from the tower, else from the code. `look`: weight of the loss that wants the
+    answer to attend to what shows it. `each`: questions of a category asked of a video, `more` for some."""
 
     steps: int
     worlds: tuple[tuple[World, int], ...]
@@ -221,7 +224,18 @@ class Phase:
     muon: float = 2e-3
     adamw: float = 1e-3
     fall: float = 0.3
-    categories: tuple[str, ...] = CATEGORIES
+    look: float = 0.2
+    each: int = 3
+    more: tuple[tuple[str, int], ...] = ()
+
+    def ask(self, story: Story) -> list[Question]:
+        """Questions about a video, as many of each category as this phase wants."""
+        wanted = dict.fromkeys(CATEGORIES, self.each) | dict(self.more)
+        return [
+            q
+            for number in sorted(set(wanted.values()))
+            for q in ask(story, each=number, categories=[c for c in CATEGORIES if wanted[c] == number])
+        ]
 
 
 def fixed_length(world: World, rng: np.random.Generator) -> World:
@@ -238,9 +252,7 @@ def symbolic(code: Code, found: Labels, generator: torch.Generator) -> Tensor:
     return tokens + 0.06 * torch.randn(tokens.shape, generator=generator)
 
 
-def draw_batch(
-    phase: Phase, seed: tuple[int, ...], code: Code, tower: Any, each: int
-) -> tuple[Tensor, Asked, Watched, bool]:
+def draw_batch(phase: Phase, seed: tuple[int, ...], code: Code, tower: Any) -> tuple[Tensor, Asked, Watched, bool]:
     """One batch: video tokens `[B, T, N, D]`, its questions, its hints, and whether the videos are full length."""
     rng = np.random.default_rng(np.random.SeedSequence(seed))
     shares = np.cumsum([share for _, share in phase.worlds])
@@ -249,7 +261,7 @@ def draw_batch(
     count = max(2, phase.tokens // (world.frames[0] * 36))
     stories = [draw_story(world, (*seed, i)) for i in range(count)]
     found = [labels(describe(story)) for story in stories]
-    asked = pack([ask(story, each=each, categories=phase.categories) for story in stories], found)
+    asked = pack([phase.ask(story) for story in stories], found)
     if phase.real:
         tokens = torch.stack([see(tower, story) for story in stories])
     else:
@@ -264,13 +276,15 @@ def see(tower: Any, story: Story) -> Tensor:
     from .train_vision import like_h264, pixels
 
     generator = torch.Generator().manual_seed(story.seed[-1])
-    return tower(pixels(like_h264(torch.from_numpy(render(story)), generator)))
+    return tower(pixels(like_h264(torch.from_numpy(render(story)), generator)).to(tower.device))
 
 
 def embed(model: Any, tokens: Tensor) -> Tensor:
     """Video tokens `[B, T, N, D]` as the model places them: opening words, tokens, newline `[B, P, D]`."""
     size = len(tokens)
-    opening = model.model.language_model.embed_tokens(torch.tensor(BEFORE))[None].expand(size, -1, -1)
+    opening = model.model.language_model.embed_tokens(torch.tensor(BEFORE, device=tokens.device))[None].expand(
+        size, -1, -1
+    )
     newline = model.model.image_newline.expand(size, 1, -1)
     return torch.cat([opening, tokens.flatten(1, 2), newline], 1)
 
@@ -307,16 +321,14 @@ def strays(follows: Tensor, watch: Tensor, truth: Watched) -> Tensor:
     """How little of an object token's attention falls on the same object in earlier frames, as -log of its share."""
     kind, tokens = truth.kind.flatten(1), truth.kind[0, 0].numel()
     own = kind.gather(1, watch - len(BEFORE))
-    frame = torch.arange(kind.shape[1]) // tokens
+    frame = torch.arange(kind.shape[1], device=kind.device) // tokens
     earlier = frame[None, None] < frame[watch - len(BEFORE)][..., None]
     same = (kind[:, None] == own[..., None]) & (own >= 0)[..., None] & earlier
     share = follows.log_softmax(-1)[..., len(BEFORE) : -1].masked_fill(~same[:, None], -1e9).logsumexp(-1)
     return -share.transpose(1, 2)[same.any(-1)].mean() if same.any() else follows.new_zeros(())
 
 
-def train_language(
-    model: Any, folder: Path, phases: Sequence[Phase], *, seed: int, each: int = 3, tower: Any = None
-) -> None:
+def train_language(model: Any, folder: Path, phases: Sequence[Phase], *, seed: int, tower: Any = None) -> None:
     """Train the LLM of `model` in place, phase after phase.
 
     Args:
@@ -324,10 +336,10 @@ def train_language(
         folder: checkpoints and log; a run that was killed goes on from there.
         phases: see `Phase`.
         seed: of the data.
-        each: questions of each category asked of a video.
         tower: a `train_vision.Tower`, for phases with `real`.
     """
-    code, hints = Code(), Hints()
+    device = model.device
+    code, hints = Code(), Hints().to(device)
     llm = model.model.language_model
     modules: dict[str, nn.Module] = {"llm": llm, "lm_head": model.lm_head, "hints": hints}
     newline = model.model.image_newline
@@ -349,18 +361,18 @@ def train_language(
         optimizers = Optimizers([llm, model.lm_head, hints], muon=phase.muon, adamw=phase.adamw)
         totals: dict[str, list[float]] = {}
         for step in range(begin[1] if number == begin[0] else 0, phase.steps):
-            tokens, asked, truth, full = draw_batch(phase, (seed, 2, number, step), code, tower, each)
-            watch = some_objects(truth, torch.Generator().manual_seed(step))
+            tokens, asked, truth, full = draw_batch(phase, (seed, 2, number, step), code, tower)
+            watch = some_objects(truth, torch.Generator().manual_seed(step)).to(device)
+            tokens = tokens.to(device)
+            asked, truth = Asked(*(x.to(device) for x in asked)), Watched(*(x.to(device) for x in truth))
             out = answer_states(llm, embed(model, tokens), asked, watch)
             loss, right = grade(model, out.answers, asked)
             seen = out.prefix[:, len(BEFORE) : -1].unflatten(1, tokens.shape[1:3])
             help_loss, report = hints(seen, truth)
             look_loss, follow_loss = misses(out.looks, asked), strays(out.follows, watch, truth)
             report |= {"looks": look_loss.item(), "follows": follow_loss.item()}
-            norm = optimizers.step(
-                loss + 0.5 * help_loss + 0.2 * look_loss + 0.1 * follow_loss,
-                rate_at(step / phase.steps, fall=phase.fall),
-            )
+            total = loss + 0.5 * help_loss + phase.look * look_loss + 0.1 * follow_loss
+            norm = optimizers.step(total, rate_at(step / phase.steps, fall=phase.fall))
             report.update(loss=loss.item(), norm=norm, full=float(full))
             for index, category in enumerate(CATEGORIES):
                 if (chosen := asked.category == index).any():

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
-from torch.nn import functional as F
 
 from .architecture import PATCH
 from .meaning import Code, Labels, labels
@@ -58,6 +58,7 @@ class Tower:
 
     def __init__(self, model: Any) -> None:
         self.vision, self.projector = model.model.vision_tower, model.model.multi_modal_projector
+        self.device = model.device
         self.seen: dict[str, Tensor] = {}
         last = self.vision.encoder.layers[-1].self_attn
         self.heads = last.num_heads
@@ -93,8 +94,8 @@ def loss_of(tokens: Tensor, found: Labels, received: Tensor, code: Code) -> tupl
     there = found.shape >= 0
     weight = 1 + 5 * there.float()
     loss = ((tokens - target) ** 2).sum(-1).mul(weight).sum() / weight.sum()
-    report = {}
-    for kind in ("shape", "color", "place", "count"):
+    report: dict[str, float] = {}
+    for kind in ("shape", "color", "place", "number"):
         said = 8 * tokens @ code.kind(kind).T
         wanted = getattr(found, kind)
         if kind in ("shape", "color"):
@@ -126,7 +127,8 @@ def train_vision(model: Any, folder: Path, *, seed: int, steps: int, stories: in
         seed: of the data.
         steps: optimizer steps, of two frames from each of `stories` stories.
     """
-    tower, code = Tower(model), Code()
+    device = model.device
+    tower, code = Tower(model), Code(device)
     modules = {"vision_tower": tower.vision, "projector": tower.projector}
     optimizers = Optimizers(modules.values(), muon=4e-3, adamw=2e-3)
     weights, state = restore(folder) or ({}, {"step": 0, "seconds": 0.0})
@@ -138,7 +140,8 @@ def train_vision(model: Any, folder: Path, *, seed: int, steps: int, stories: in
     for step in range(begin, steps):
         generator = torch.Generator().manual_seed(step)
         frames, truth = frames_of(FRAMES, [(seed, 1, step, i) for i in range(stories)])
-        tokens = tower(pixels(like_h264(frames, generator)))
+        tokens = tower(pixels(like_h264(frames, generator)).to(device))
+        truth = Labels(*(part.to(device) for part in truth))
         loss, report = loss_of(tokens, truth, tower.received(), code)
         norm = optimizers.step(loss, rate_at(step / steps))
         for key, value in {"loss": loss.item(), "norm": norm, **report}.items():

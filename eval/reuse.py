@@ -1,0 +1,174 @@
+"""One video is encoded once for all its questions.
+
+No outer reduction here looks at the question: what enters the LLM is a function of the pixels and of the budget. So
+inside `reusing(model)` the vision tower's output (unpatched), or the reduced tokens (patched), are kept for the videos
+seen last and returned for equal pixels. Equal means every value, compared; nothing is guessed from names. A `flops`
+budget depends on the prompt's length, so it is part of what must be equal. The inner merge does look at the question
+and is done each time. Videos of a batch are encoded one by one, so that every path computes the same bits.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from holimerge.api import _handle, _inner_model
+from holimerge.capture import first_argument
+from holimerge.handle import Handle
+from holimerge.outer_stage import ReducedVideo
+from holimerge.registry import family_module
+from holimerge.report import Report
+from holimerge.tokens import MergeRecord, Target
+
+
+@dataclass
+class Reuse:
+    """What is kept: at most `size` videos, the last ones used.
+
+    paid, reused: videos that went through the vision tower, and that did not, since `reset`.
+    """
+
+    size: int = 1
+    paid: int = 0
+    reused: int = 0
+    kept: OrderedDict[int, tuple[tuple[Any, ...], Tensor, Any]] = field(default_factory=OrderedDict)
+    serial: int = 0
+
+    def reset(self) -> None:
+        """Count anew; what is kept stays."""
+        self.paid = self.reused = 0
+
+    def find(self, told: tuple[Any, ...], pixels: Tensor, make: Callable[[], Any]) -> Any:
+        """The result kept for these pixels (and whatever else decides), or `make()`, which is kept from now on."""
+        for number, (other, seen, result) in self.kept.items():
+            same = other == told and seen.shape == pixels.shape and seen.dtype == pixels.dtype
+            if same and seen.device == pixels.device and torch.equal(seen, pixels):
+                self.kept.move_to_end(number)
+                self.reused += 1
+                return result
+        result = make()
+        self.paid += 1
+        self.serial += 1
+        self.kept[self.serial] = (told, pixels.detach().clone(), result)
+        while len(self.kept) > self.size:
+            self.kept.popitem(last=False)
+        return result
+
+
+@contextmanager
+def reusing(model: Any, size: int = 1) -> Iterator[Reuse]:
+    """Keep what the vision tower gave for the last `size` videos, while the model stays patched as it is now.
+
+    Enter it inside `merging` or `patched`; afterwards the model is as before. Not for training.
+    """
+    reuse = Reuse(size)
+    handle = _handle(model)
+    if handle is None:
+        inner = _inner_model(model)
+        family = family_module(inner.config.model_type).FAMILY
+        owner, name = family.core(inner), "get_video_features"
+        run = _stock(owner.get_video_features, family, owner, reuse)
+    elif handle.method.reduce is None:
+        owner, name = handle.outer, "_stock"
+        run = _handled(handle, handle.outer._stock, reuse)
+    else:
+        owner, name = handle.outer, "_reduced"
+        run = _handled(handle, handle.outer._reduced, reuse)
+    own = owner.__dict__.get(name)
+    owner.__dict__[name] = run
+    try:
+        yield reuse
+    finally:
+        owner.__dict__.pop(name, None)
+        if own is not None:
+            owner.__dict__[name] = own
+        reuse.kept.clear()
+
+
+def _stock(stock: Callable[..., Any], family: Any, core: Any, reuse: Reuse) -> Callable[..., Any]:
+    """Around the stock `get_video_features`."""
+    signature = inspect.signature(stock)
+
+    @functools.wraps(stock)
+    def features(*args: Any, **kwargs: Any) -> Any:
+        arguments = dict(signature.bind_partial(*args, **kwargs).arguments)
+        arguments.update(arguments.pop("kwargs", {}))
+        arguments["return_dict"] = True
+        parts = []
+        for one, told in _videos(arguments, family.grids(core, arguments)):
+            parts.append(reuse.find(told, one[_pixels(one)], functools.partial(_pooled, stock, one)))
+        return BaseModelOutputWithPooling(pooler_output=_joined(parts))
+
+    return features
+
+
+def _pooled(stock: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    return stock(**arguments).pooler_output
+
+
+def _handled(handle: Handle, run: Callable[..., Any], reuse: Reuse) -> Callable[..., Any]:
+    """Around `OuterStage._reduced` (which is also given targets) or `OuterStage._stock`."""
+
+    def features(
+        original: Callable[..., Any],
+        arguments: dict[str, Any],
+        grids: list[tuple[int, int, int]],
+        *rest: Any,
+    ) -> tuple[ReducedVideo, list[MergeRecord]]:
+        if handle.replay is not None:  # choices are given for the whole prompt
+            return run(original, arguments, grids, *rest)
+        report: Report = rest[-1]
+        targets: list[Target] | None = rest[0] if len(rest) > 1 else None
+        parts, records = [], []
+        for i, (one, told) in enumerate(_videos(arguments, grids)):
+            target = None if targets is None else [targets[i]]
+            given = () if target is None else (target,)
+
+            def make(one: dict[str, Any] = one, i: int = i, given: Any = given) -> Any:
+                output, record = run(original, one, [grids[i]], *given, report)
+                return output.pooler_output, record[0]
+
+            pooled, record = reuse.find((*told, *(target or ())), one[_pixels(one)], make)
+            parts.append(pooled)
+            records.append(copy.copy(record))  # reports know a video by its record, also two rows of one video
+        return ReducedVideo(pooler_output=_joined(parts)), records
+
+    return features
+
+
+def _pixels(arguments: dict[str, Any]) -> str:
+    return first_argument(arguments, "pixel_values_videos", "pixel_values")
+
+
+def _videos(
+    arguments: dict[str, Any], grids: list[tuple[int, int, int]]
+) -> Iterator[tuple[dict[str, Any], tuple[Any, ...]]]:
+    """The arguments of each video alone, and what besides its pixels decides the result."""
+    name = _pixels(arguments)
+    pixels, thw = arguments[name], arguments.get("video_grid_thw")
+    start = 0
+    for i in range(len(grids)):
+        if thw is None:
+            one = {**arguments, name: pixels[i : i + 1]}
+        else:
+            stop = start + int(thw[i].prod())
+            one = {**arguments, name: pixels[start:stop], "video_grid_thw": thw[i : i + 1]}
+            start = stop
+        yield one, (grids[i],)
+
+
+def _joined(parts: list[Any]) -> Any:
+    """Pooled features of several videos: [1, L, D] tensors one below the other, or tuples one after the other."""
+    if isinstance(parts[0], Tensor):
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return tuple(video for part in parts for video in part)
