@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+LMMS := $(VENV)-lmms
 # one thread each: two test workers on two cores beat two threads that fight
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test test-oldest lint format bench wheel clean
+.PHONY: setup demo test test-oldest test-lmms train-tiny lint format bench wheel clean
 
 setup: $(STAMP)
 
@@ -38,6 +39,19 @@ $(OLDEST)/.installed: pyproject.toml constraints.txt
 	$(OLDEST)/bin/pip install --quiet -c $(OLDEST)/constraints.txt 'transformers==5.16.0' -e '.[test]'
 	touch $(OLDEST)/.installed
 
+# lmms-eval's own command line on our models, in an environment of its own: the main one's packages, and on top of them
+# lmms-eval with the few that its command line needs (some ten seconds; its full list would bring another torch)
+test-lmms: $(LMMS)/.installed
+	$(BIN)/pytest tests/test_lmms_plugin.py
+
+$(LMMS)/.installed: $(STAMP) constraints-lmms.txt
+	rm -rf $(LMMS)
+	$(BIN)/python -m venv --without-pip $(LMMS)
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> "$$($(LMMS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main-environment.pth"
+	$(BIN)/pip --python $(LMMS)/bin/python install --quiet --no-deps -r constraints-lmms.txt
+	touch $(LMMS)/.installed
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -47,6 +61,10 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# the embedded model, from nothing: two to three hours of CPU on two cores; a killed run goes on where it was
+train-tiny: setup
+	$(BIN)/python -m holimerge.eval.tiny.train --work build/tiny
+
 bench: setup
 	$(BIN)/python -m holimerge.eval.bench_reduction --output results
 
@@ -54,4 +72,4 @@ wheel: setup
 	$(BIN)/python -m build --outdir dist .
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(LMMS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
