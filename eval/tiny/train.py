@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from holimerge.eval.conditions import conditions
+
 from . import CHECKPOINT
 from .build import tiny_model, write_checkpoint
 from .optimize import part_of, restore
@@ -77,6 +79,7 @@ def train(folder: Path, target: Path, scale: float = 1.0, device: str = "cpu") -
     record = {
         "command": "make train-tiny",
         "seed": SEED,
+        "conditions": conditions(device, dtype="float32"),
         "minutes": {name: round(value / 60, 1) for name, value in seconds.items()},
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }

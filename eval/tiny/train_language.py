@@ -213,9 +213,12 @@ def begin_aligned(model: Any, code: Code) -> None:
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of training. Every step draws one of `worlds`, by its share in percent; batches hold about `tokens`
-    video tokens. `real`: video tokens come from the tower, else from the code. `look`: weight of the loss that wants the
-    answer to attend to what shows it. `each`: questions of a category asked of a video, `more` for some."""
+    """A stretch of training.
+
+    Every step draws one of `worlds`, by its share in percent; batches hold about `tokens` video tokens. `real`: video
+    tokens come from the tower, else from the code. `look`: weight of the loss that wants the answer to attend to what
+    shows it. `each`: questions of a category asked of a video; `more` has its own numbers for some.
+    """
 
     steps: int
     worlds: tuple[tuple[World, int], ...]
