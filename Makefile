@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/holimerge demo
 
-test: setup lint
+test: setup lint $(LMMS)/.installed
 	$(BIN)/pytest -n 2 --dist worksteal tests
 
 # the model tests on the oldest supported transformers, in an environment of their own

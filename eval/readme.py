@@ -9,11 +9,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+from .demo import FULL_RUN
+from .show import flops_text
+from .show_eval import interval_text
+
 BEGIN, END = "<!-- results: written by `python -m holimerge.eval.readme` -->", "<!-- end of results -->"
 
 
 def results_block(folder: Path) -> str:
-    """Markdown for every reduction and demo result in `folder`."""
+    """Markdown for every reduction result in `folder`, and for the embedded model's evaluation."""
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
     parts = [BEGIN]
     reductions = sorted((r for r in found if r.get("kind") == "reduction"), key=lambda r: r["features"])
@@ -34,7 +38,34 @@ def results_block(folder: Path) -> str:
             parts.append(
                 f"| {size} | {ours} | {theirs} | {r['speedup']:.1f}x | {own} | {r['speedup_own_cosine']:.1f}x |"
             )
+    if FULL_RUN.is_file():
+        parts += ["", *_evaluation(json.loads(FULL_RUN.read_text(encoding="utf-8")))]
     return "\n".join([*parts, END])
+
+
+def _evaluation(found: dict[str, Any]) -> list[str]:
+    task, about = found["tasks"]["synthetic"], found["conditions"]
+    videos, questions = len(set(task["samples"]["video_id"])), len(task["samples"]["id"])
+    lines = [
+        f"Accuracy of the embedded tiny model on synthetic videos ({videos} test videos, {questions} questions, chance "
+        f"25 %; {about['device']} CPU, {about['dtype']}; 95 % intervals clustered by video). It says how reducers "
+        "behave on such videos, nothing about real models:",
+        "",
+        "| | video tokens | after the inner merge | FLOPs | accuracy | needle |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, config in task["configs"].items():
+        inner = config["tokens"].get("after_inner")
+        needle = config["by_category"]["needle"]["percent"]
+        lines.append(
+            f"| {name} | {config['tokens']['entering']['median']:.0f} | {inner['median']:.0f} | "
+            if inner
+            else f"| {name} | {config['tokens']['entering']['median']:.0f} | - | "
+        )
+        lines[-1] += (
+            f"{flops_text(config['flops']['total']['median'])} | {interval_text(config['accuracy'])} | {needle:.1f} |"
+        )
+    return lines
 
 
 def rewritten(text: str, block: str) -> str:

@@ -291,34 +291,26 @@ def test_doctor_says_what_is_untested() -> None:
 
 def test_demo_from_file_to_table(tmp_path: Path) -> None:
     output = tmp_path / "new" / "demo.json"
-    result = holi("demo", "--quick", "--frames", "8", "--repeats", "1", "--output", str(output))
+    result = holi("demo", "--videos", "2", "--config", "unpatched", "--config", "holimerge-10", "--output", str(output))
     assert result.exit_code == 0, result.output
     text = result.stdout
-    assert "RANDOM weights" in text
-    assert "16 frames" in text
-    for label in (
-        "video tokens made",
-        "entering the LLM",
-        "left after layer",
-        "FLOPs, all",
-        "ms decode",
-        "ms preprocess",
-        "ms vision",
-        "ms reduce",
-        "ms prefill",
-        "ms to first token",
-        "ms each further token",
-        "speed-up to first token",
-    ):
+    for label in ("2 generated videos", "H.264", "nothing about the accuracy of real models", "video tokens", "FLOPs"):
         assert label in text
     found = json.loads(output.read_text())
-    assert list(found["cases"]) == ["unpatched", "holitom-10", "holimerge-10"]
-    assert [case["tokens"]["features"] for case in found["cases"].values()] == [128] * 3
-    assert found["cases"]["holimerge-10"]["tokens"]["entering"] == 13
-    assert found["video"]["codec"] == "h264"
-    assert set(found["answers"]) == set(found["cases"])
-    printed = found["cases"]["unpatched"]["ms"]["ttft"]["median"] / found["cases"]["holitom-10"]["ms"]["ttft"]["median"]
-    assert f"{printed:.2f}x" in text  # a slowdown too
+    task = found["results"]["tasks"]["synthetic"]
+    assert list(task["configs"]) == ["unpatched", "holimerge-10"]
+    assert len(set(task["samples"]["video_id"])) == 2
+    full, reduced = task["configs"].values()
+    assert full["accuracy"]["percent"] > 50
+    assert f"{full['accuracy']['percent']:.1f} [" in text
+    assert reduced["tokens"]["entering"]["median"] < 0.12 * full["tokens"]["features"]["median"]
+    committed = found["full"]["tasks"]["synthetic"]["configs"]["holimerge-10"]["accuracy"]
+    assert f"{committed['percent']:.1f} [{committed['low']:.1f}" in text
+    for question in found["questions"]:
+        assert question["question"] in text
+        assert question["answer"] in question["options"]
+        assert set(question["answers"].values()) <= set(question["options"])
+    assert "unknown" in fails("demo", "--videos", "1", "--config", "holimerge-11")
 
 
 def test_bench_writes_json(checkpoints: dict[str, str], tmp_path: Path, family: str) -> None:

@@ -33,6 +33,8 @@ from holimerge.eval.lmms_plugin import (
     place,
 )
 from holimerge.eval.load import Loaded, load, to_model
+from holimerge.eval.tasks import synthetic
+from holimerge.eval.tiny import CHECKPOINT
 from holimerge.inputs import build_inputs
 from holimerge.video import read_video, synthetic_clip, write_video
 
@@ -140,11 +142,10 @@ def settings(folders: dict[str, Path], clips: list[str]) -> dict[str, Setting]:
 # --- lmms-eval's command line ----------------------------------------------------------------------------------------
 
 
-def write_tasks(folder: Path, family: str, setting: Setting) -> None:
-    """A likelihood task and a generation task on the same rows, as lmms-eval's users write them."""
+def write_choice(folder: Path, name: str, rows: list[dict[str, Any]]) -> str:
+    """A likelihood task `NAME_choice`; gives the lines that another task on the same rows begins with."""
     folder.mkdir(exist_ok=True)
-    data = folder / f"{family}.jsonl"
-    rows = [{**row, "said": direct.text} for row, direct in zip(setting.rows, setting.reduced, strict=True)]
+    data = folder / f"{name}.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     common = f"""\
 dataset_path: json
@@ -153,9 +154,9 @@ test_split: test
 doc_to_visual: video
 doc_to_text: question
 """
-    (folder / f"{family}_choice.yaml").write_text(
+    (folder / f"{name}_choice.yaml").write_text(
         f"""\
-task: {family}_choice
+task: {name}_choice
 {common}doc_to_target: answer
 doc_to_choice: options
 output_type: multiple_choice
@@ -163,6 +164,13 @@ target_delimiter: ""
 metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """
     )
+    return common
+
+
+def write_tasks(folder: Path, family: str, setting: Setting) -> None:
+    """A likelihood task and a generation task on the same rows, as lmms-eval's users write them."""
+    rows = [{**row, "said": direct.text} for row, direct in zip(setting.rows, setting.reduced, strict=True)]
+    common = write_choice(folder, family, rows)
     (folder / f"{family}_say.yaml").write_text(
         f"""\
 task: {family}_say
@@ -301,6 +309,52 @@ def test_several_runs_of_one_file(settings: dict[str, Setting], tmp_path: Path) 
         check_samples(tmp_path / name, family, answers)
         found = read_results(tmp_path / name)["results"]
         assert found[f"{family}_choice"]["acc,none"] == pytest.approx(accuracy(setting, answers))
+
+
+@needs_lmms_eval
+def test_the_embedded_model_answers_a_likelihood_task(tmp_path: Path) -> None:
+    """Synthetic test videos through lmms-eval: the same right and wrong answers as `holimerge eval` gives."""
+    from holimerge.eval.evaluate import evaluate
+
+    samples = [sample for sample in synthetic.load(tmp_path / "videos").samples if sample.raw["index"] < 3]
+    rows = []
+    for n, sample in enumerate(samples):
+        synthetic.prepare(sample)
+        options = list(sample.options)
+        rows.append(
+            {
+                "id": n,
+                "video": str(sample.video),
+                "question": sample.question,
+                "options": options,
+                "answer": sample.answer,
+            }
+        )
+    setting = Setting(str(CHECKPOINT), rows, [], [])
+    write_choice(tmp_path / "tasks", "synthetic", rows)
+    found = evaluate(
+        setting.folder,
+        ["holimerge-10"],
+        ["synthetic"],
+        tmp_path / "ours",
+        data=[f"synthetic={tmp_path / 'videos'}"],
+        limit=len(samples),
+        dtype="float32",
+    )
+    assert found is not None
+    lmms_eval(
+        tmp_path,
+        *("--model", MODELS["llava_onevision"], "--tasks", "synthetic_choice", "--batch_size", "1"),
+        *("--model_args", f"pretrained={setting.folder},config=holimerge-10,num_frames=32,dtype=float32"),
+        *("--include_path", str(tmp_path / "tasks"), "--output_path", str(tmp_path / "out"), "--log_samples"),
+    )
+    ours = found["tasks"]["synthetic"]["configs"]["holimerge-10"]
+    theirs = [int(sample["acc"]) for sample in read_samples(tmp_path / "out", "synthetic_choice")]
+    assert theirs == ours["correct"]
+    assert read_results(tmp_path / "out")["results"]["synthetic_choice"]["acc,none"] == pytest.approx(
+        ours["accuracy"]["percent"] / 100, abs=1e-3
+    )
+    assert sum(theirs) > len(theirs) / 2
 
 
 INSIDE = """

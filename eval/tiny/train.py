@@ -25,14 +25,14 @@ from .train_vision import Tower, train_vision
 from .world import EASY, HARD, shorter
 
 SEED = 20261121
-VISION_STEPS = 3500
+VISION_STEPS = 2600
 SHORT = shorter(EASY, (3, 8), (1, 3))
 MORE = (("what", 6), ("next", 5), ("needle", 2), ("where", 2), ("scene", 2), ("direction", 2))
 # Three quarters of the steps after the first stretch see videos of full length.
 PHASES = (
     Phase(450, ((SHORT, 100),), tokens=1200, real=False, fall=0.01),
     Phase(1600, ((SHORT, 25), (EASY, 35), (HARD, 40)), tokens=2600, real=False, fall=0.1),
-    Phase(600, ((SHORT, 15), (EASY, 30), (HARD, 55)), tokens=2600, real=False, fall=0.1, look=0.6, more=MORE),
+    Phase(1200, ((SHORT, 15), (EASY, 30), (HARD, 55)), tokens=2600, real=False, fall=0.1, look=0.6, more=MORE),
     Phase(1800, ((SHORT, 10), (EASY, 35), (HARD, 55)), tokens=2600, real=True, muon=1.5e-3, look=0.4, more=MORE),
 )
 SYMBOLIC = 3  # phases that need no tower

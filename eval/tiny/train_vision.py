@@ -68,7 +68,8 @@ class Tower:
 
     def __call__(self, values: Tensor) -> Tensor:
         """Pixels `[B, 3, SIDE, SIDE]` to tokens `[B, GRID^2, WIDTH]`, pooled as the model pools them."""
-        hidden = self.projector(self.vision(values).last_hidden_state)
+        # the last layer's output as it is: LLaVA-OneVision leaves the tower's closing norm out
+        hidden = self.projector(self.vision(values, output_hidden_states=True).hidden_states[-1])
         side = SIDE // PATCH
         grid = hidden.transpose(1, 2).reshape(len(values), -1, side, side)
         pooled = F.interpolate(grid, size=(GRID, GRID), mode="bilinear")
