@@ -33,7 +33,15 @@ PHASES = (
     Phase(450, ((SHORT, 100),), tokens=1200, real=False, fall=0.01),
     Phase(1600, ((SHORT, 25), (EASY, 35), (HARD, 40)), tokens=2600, real=False, fall=0.1),
     Phase(1200, ((SHORT, 15), (EASY, 30), (HARD, 55)), tokens=2600, real=False, fall=0.1, look=0.6, more=MORE),
-    Phase(1800, ((SHORT, 10), (EASY, 35), (HARD, 55)), tokens=2600, real=True, muon=1.5e-3, look=0.4, more=MORE),
+    Phase(
+        1000,
+        ((SHORT, 10), (EASY, 35), (HARD, 55)),
+        tokens=2600,
+        real=True,
+        muon=1.5e-3,
+        look=0.4,
+        more=(*MORE, ("order", 6)),
+    ),
 )
 SYMBOLIC = 3  # phases that need no tower
 
