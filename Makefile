@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test test-oldest test-lmms train-tiny lint format bench wheel clean
+.PHONY: setup demo test test-oldest test-lmms train-tiny lint format bench notebooks wheel clean
 
 setup: $(STAMP)
 
@@ -67,6 +67,10 @@ train-tiny: setup
 
 bench: setup
 	$(BIN)/python -m holimerge.eval.bench_reduction --output results
+
+# run the notebooks and save them with their outputs
+notebooks: setup
+	$(BIN)/python -m holimerge.eval.notebooks
 
 wheel: setup
 	$(BIN)/python -m build --outdir dist .

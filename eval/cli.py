@@ -132,7 +132,10 @@ def eval_(
     ],
     config: Annotated[
         list[str] | None,
-        typer.Option(help="A preset, a YAML file, or unpatched; repeat for several, or join by commas."),
+        typer.Option(
+            help="A preset, a YAML file, or unpatched; repeat for several, or join by commas. "
+            "Default: unpatched,holimerge-15."
+        ),
     ] = None,
     tasks: Annotated[list[str] | None, typer.Option(help="Benchmarks, joined by commas (`holimerge list`).")] = None,
     data: Annotated[list[str] | None, typer.Option(help="Where the data lie: ROOT, or TASK=ROOT; repeat.")] = None,
@@ -144,7 +147,9 @@ def eval_(
     protocol: Annotated[
         str | None, typer.Option(help="official, lmms_eval_0_3, ...: prompts and answer extraction.")
     ] = None,
-    sampling: Annotated[str | None, typer.Option(help="uniform, left, ...; default: the protocol's rule.")] = None,
+    sampling: Annotated[
+        str | None, typer.Option(help="uniform, left, midpoint or fps; default: the protocol's rule.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of random fallbacks; answers are greedy.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output.")] = False,
     device_map: Annotated[
@@ -371,7 +376,9 @@ def doctor(json_: Json = False) -> None:
 @_command
 def demo(
     videos: Annotated[int, typer.Option(help="Generated videos to ask about.", min=1, max=500)] = 30,
-    config: Annotated[list[str] | None, typer.Option(help="Presets or YAML files; the default is five budgets.")] = None,
+    config: Annotated[
+        list[str] | None, typer.Option(help="Presets or YAML files; the default is five budgets.")
+    ] = None,
     threads: Annotated[
         int, typer.Option(help="Threads of torch; one is disturbed least on a busy machine.", min=1)
     ] = 1,

@@ -59,18 +59,34 @@ class Clip:
         self.loaded, self.ms = loaded, dict[str, float]()
         self.error: Unusable | None = None
         self._settings = _PixelsOnce(loaded.settings)
-        begin = time.perf_counter()
         try:
             if task.prepare is not None:
                 task.prepare(sample)
-                begin = time.perf_counter()
-            video, cached = _read(sample, frames, sampling, cache)
+            self.video = self._read(sample, frames, sampling, cache)
         except (OSError, ValueError) as error:
             self.error = Unusable("video", error)
-            return
-        self.video = video
-        if not cached:
-            self.ms["decode"] = round((time.perf_counter() - begin) * 1000, 3)
+
+    def _read(self, sample: Sample, frames: int, sampling: str, cache: FrameCache | None) -> Video:
+        if sample.video is None:
+            raise FileNotFoundError(f"sample {sample.id}: the data set names no video")
+        rule: dict[str, Any] = {"sampling": sampling}
+        if sampling == "fps":
+            rule["max_frames"] = frames
+            rule["min_frames"] = min(4, frames)
+        else:
+            rule["frames"] = frames
+        rule |= {name: value for name, value in (("start", sample.start), ("end", sample.end)) if value is not None}
+        if sample.source_fps is not None:
+            rule["source_fps"] = sample.source_fps
+        path = Path(sample.video)
+        return self._decoded(path, **rule) if cache is None else cache.read(path, self._decoded, **rule)[0]
+
+    def _decoded(self, path: Path, **rule: Any) -> Video:
+        """Timed here, so that what the cache does (hashing, writing frames) is not taken for decoding."""
+        begin = time.perf_counter()
+        video = read_video(path, **rule)
+        self.ms["decode"] = round((time.perf_counter() - begin) * 1000, 3)
+        return video
 
     @property
     def seconds(self) -> Sequence[float]:
@@ -104,19 +120,3 @@ class Clip:
             raise Unusable("prompt", error) from error
         self.ms.setdefault("preprocess", round((time.perf_counter() - begin) * 1000, 3))
         return to_model(made, model)
-
-
-def _read(sample: Sample, frames: int, sampling: str, cache: FrameCache | None) -> tuple[Video, bool]:
-    if sample.video is None:
-        raise FileNotFoundError(f"sample {sample.id}: the data set names no video")
-    rule: dict[str, Any] = {"sampling": sampling}
-    if sampling == "fps":
-        rule["max_frames"] = frames
-        rule["min_frames"] = min(4, frames)
-    else:
-        rule["frames"] = frames
-    rule |= {name: value for name, value in (("start", sample.start), ("end", sample.end)) if value is not None}
-    if sample.source_fps is not None:
-        rule["source_fps"] = sample.source_fps
-    path = Path(sample.video)
-    return (read_video(path, **rule), False) if cache is None else cache.read(path, **rule)

@@ -17,8 +17,9 @@ from rich.text import Text
 
 from .intervals import clustered_interval, mcnemar, paired_bootstrap
 from .plain import markdown, plain
-from .records import SCHEMA, read_json, write_json
+from .records import RESULTS, RUN, SCHEMA, differences, read_json, write_json
 from .show import flops_text
+from .show_eval import changed_conditions
 
 # What must be the same of two runs for their samples to be the same questions.
 _SAME = ("revision", "protocol")
@@ -39,7 +40,11 @@ def read_results(path: Path) -> dict[str, Any]:
         FileNotFoundError: no such file.
         ValueError: no results of `holimerge eval`, or of another schema.
     """
-    file = path / "results.json" if path.is_dir() else path
+    file = path / RESULTS if path.is_dir() else path
+    if not file.is_file():
+        unfinished = path.is_dir() and (path / RUN).is_file()
+        hint = "the run there is not finished, go on with `holimerge eval --resume`" if unfinished else "no such file"
+        raise FileNotFoundError(f"{file}: {hint}")
     found = read_json(file)
     if found.get("kind") != "eval":
         raise ValueError(f"{file}: holds no results of `holimerge eval` (its kind is {found.get('kind')!r})")
@@ -66,7 +71,8 @@ def compare_results(named: Sequence[tuple[str, Mapping[str, Any]]], *, seed: int
         seed: of the bootstrap.
 
     Returns:
-        ready for JSON: kind, schema, seed, columns, differs (settings in which the runs differ), tasks; per task and
+        ready for JSON: kind, schema, seed, columns, differs (settings in which the runs differ), mixed_conditions (of
+        runs resumed under others: names of what changed), tasks; per task and
         column accuracy, tokens, flops and ttft (medians), and for all but the first column `against_first`
         {difference, low, high, p, only_first, only_second, n, clusters, unpaired}; difference in percentage points.
 
@@ -101,6 +107,7 @@ def compare_results(named: Sequence[tuple[str, Mapping[str, Any]]], *, seed: int
         "seed": seed,
         "columns": [column.label for column in columns],
         "differs": _differs(named),
+        "mixed_conditions": {name: changed for name, results in named if (changed := changed_conditions(results))},
         "tasks": tasks,
     }
 
@@ -145,7 +152,7 @@ def _differs(named: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, dict[s
         if len({str(value) for value in values.values()}) > 1:
             found[key] = values
     for task in named[0][1]["tasks"]:
-        for key in ("sampling", "max_new_tokens"):
+        for key in ("sampling", "max_new_tokens", "samples_sha256"):
             values = {name: results["run"]["tasks"][task].get(key) for name, results in named}
             if len({str(value) for value in values.values()}) > 1:
                 found[f"{task}.{key}"] = values
@@ -153,6 +160,16 @@ def _differs(named: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, dict[s
         values = {name: results["conditions"].get(key) for name, results in named}
         if len({str(value) for value in values.values()}) > 1:
             found[key] = values
+    for key in sorted({package for _, results in named for package in results["run"]["versions"]}):
+        values = {name: results["run"]["versions"].get(key) for name, results in named}
+        if len({str(value) for value in values.values()}) > 1:
+            found[f"version of {key}"] = values
+    for key in sorted({config for _, results in named for config in results["run"]["configs"]}):
+        given = {name: results["run"]["configs"][key] for name, results in named if key in results["run"]["configs"]}
+        first, *others = given
+        changed = {name: "; ".join(differences(given[first] or {}, given[name] or {})) for name in others}
+        if any(changed.values()):  # two files of one name
+            found[f"configuration {key}"] = {first: "first", **{k: v or "the same" for k, v in changed.items()}}
     return found
 
 
@@ -203,7 +220,8 @@ def table_rows(told: Mapping[str, Any]) -> list[list[str]]:
         elif pair["difference"] is None:
             row += ["no pairs", "", "", ""]
         else:
-            row += [f"{pair['difference']:+.1f}", f"[{pair['low']:+.1f}, {pair['high']:+.1f}]", _p_text(pair["p"])]
+            interval = "-" if pair["low"] is None else f"[{pair['low']:+.1f}, {pair['high']:+.1f}]"
+            row += [f"{pair['difference']:+.1f}", interval, _p_text(pair["p"])]
             row += [f"{pair['only_second']} / {pair['only_first']}"]
         row += [" -> ".join(f"{n:.0f}" for n in tokens if n is not None) or "-"]
         row += [_ratio(one["flops"], base["flops"], flops_text(one["flops"]))]
@@ -234,11 +252,25 @@ def remarks(comparison: Mapping[str, Any]) -> list[str]:
     )
     for setting, values in comparison["differs"].items():
         lines.append(f"the runs differ in {setting}: " + "; ".join(f"{k} {v}" for k, v in values.items()))
+    for name, changed in comparison["mixed_conditions"].items():
+        lines.append(f"{name} was resumed under other conditions ({', '.join(changed)}): its times are a mixture")
     for task, told in comparison["tasks"].items():
+        lines += _own_metric(task, told["columns"])
         for label, one in told["columns"].items():
             if (lost := one.get("against_first", {}).get("unpaired")) is not None and lost:
                 lines.append(f"{task}, {label}: {lost} samples are not scored in both and are in no pair")
     return lines
+
+
+def _own_metric(task: str, columns: Mapping[str, Any]) -> list[str]:
+    """The task's own metric, where it is another than the share of right answers that the table compares."""
+    first = {label: next(iter(one["headline"].items()), None) for label, one in columns.items()}
+    other = any(own and abs(own[1] - columns[label]["accuracy"]["percent"]) > 1e-3 for label, own in first.items())
+    if not other:
+        return []
+    name = next(own[0] for own in first.values() if own)
+    shown = ", ".join(f"{label} {'-' if own is None else format(own[1], '.1f')}" for label, own in first.items())
+    return [f"{task}, {name} (the task's own metric; the table compares the share of right answers): {shown}"]
 
 
 def show_comparison(comparison: Mapping[str, Any], console: Console) -> None:

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .tiny import CHECKPOINT
+from .tiny import BUDGETS, CHECKPOINT
 
-CONFIGS = ("unpatched", "holimerge-25", "holimerge-15", "holimerge-10", "holimerge-05")
+CONFIGS = ("unpatched", *BUDGETS)
 FULL_RUN = CHECKPOINT / "evaluation.json"
 SHOWN = 4  # questions of the first video that are shown with their answers
 
@@ -74,7 +74,9 @@ def run_demo(
             "question": sample.question,
             "options": list(sample.options),
             "answer": sample.options[sample.answer or 0],
-            "answers": {config: sample.options[choices[config, sample.id]] for config in configs},
+            "answers": {
+                name: sample.options[choices[name, sample.id]] for name in results["tasks"]["synthetic"]["configs"]
+            },
         }
         for sample in first[:SHOWN]
     ]
@@ -135,6 +137,7 @@ def show_demo(result: Mapping[str, Any], console: Any) -> None:
     console.print(table)
     here = results["conditions"]
     console.print(
+        "tiny-25 and so on are holimerge-25 and so on, with the similarity threshold that suits this model's tower.\n"
         "Accuracy in % with 95 % intervals clustered by video; the rest are medians, FLOPs with every stage counted.\n"
         f"Measured on {here['device']}, {here['threads']} thread(s), {here['dtype']}, {here['attn']}, torch "
         f"{here['versions']['torch']}, transformers {here['versions']['transformers']}."

@@ -7,6 +7,7 @@ once for all of them, and encoded once for all its questions in each (`reuse`). 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,8 @@ def evaluate(
             meter.say("loading the model")
         loaded = _loaded(model, worker, device_map, dtype, attn_implementation)
         if worker.rank == 0:
-            write_json(output / MACHINE, _machine(loaded, worker, batch_size, reuse, cache))
+            machine = _machine(loaded, worker, batch_size, reuse, cache)
+            write_json(output / MACHINE, _with_earlier(output / MACHINE, machine) if done else machine)
         with Writer(output, worker.rank) as write:
             runner = Runner(loaded, chosen, write, meter, batch_size, seed, num_frames, cache, reuse)
             runner.check()
@@ -148,7 +150,10 @@ def plan_tasks(
     if not tasks:
         raise ValueError(f"no task: give one of {', '.join(list_tasks())}")
     found = [get_task(task) if isinstance(task, str) else task for task in tasks]
-    roots = data_roots(data, [task.name for task in found], list_tasks())
+    names = [task.name for task in found]
+    if len(set(names)) < len(names):  # records would be taken for one another's
+        raise ValueError(f"a task is there twice: {', '.join(names)}")
+    roots = data_roots(data, names, list_tasks())
     return [plan_task(task, roots.get(task.name), protocol=protocol, sampling=sampling, limit=limit) for task in found]
 
 
@@ -188,6 +193,23 @@ def _machine(loaded: Loaded, worker: Worker, batch_size: int, reuse: bool, cache
         reuse=reuse,
         frame_cache=cache is not None,
     )
+
+
+def _with_earlier(path: Path, machine: dict[str, Any]) -> dict[str, Any]:
+    """Conditions, with those of earlier starts of this run that differ in more than load and date as `earlier`."""
+
+    def told(one: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in one.items() if key not in ("load_average", "date", "earlier")}
+
+    if not path.is_file():
+        return machine
+    before, now = read_json(path), json.loads(json.dumps(machine))
+    earlier = list(before.get("earlier", []))
+    for one in (told(before), told(now)):
+        earlier = [other for other in earlier if told(other) != one]
+    if told(before) != told(now):
+        earlier.append({key: value for key, value in before.items() if key != "earlier"})
+    return {**machine, "earlier": earlier} if earlier else machine
 
 
 def _waiting(meter: Meter | None) -> Callable[[int], None]:

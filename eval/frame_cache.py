@@ -31,7 +31,7 @@ from holimerge.video import Video, read_video
 
 from .conditions import version_of
 
-VERSION = 1
+VERSION = 2
 DEFAULT_BYTES = 10 * 10**9
 _BLOCK, _BLOCKS = 64 * 1024, 16
 _ENTRY = re.compile(r"[0-9a-f]{64}\.npz")
@@ -149,14 +149,20 @@ class FrameCache:
 
     def _load(self, entry: Path, source: str) -> Video | None:
         try:
-            with np.load(entry, allow_pickle=False) as file:
-                told = json.loads(file["about"].tobytes())
-                frames, times = file["frames"], file["timestamps"]
-                indices = file["indices"] if "indices" in file.files else None
+            arrays = {}
+            with zipfile.ZipFile(entry) as file:
+                for name in file.namelist():
+                    with file.open(name) as member:
+                        arrays[name] = np.lib.format.read_array(member, allow_pickle=False)
+                        if member.read(1):  # the CRC is checked at the end, which a damaged shape does not reach
+                            return None
+            told = json.loads(arrays["about.npy"].tobytes())
+            frames, times = arrays["frames.npy"], arrays["timestamps.npy"]
+            indices = arrays["indices.npy"] if told["indices"] else None
             if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or times.shape != frames.shape[:1]:
                 return None
             video = Video(frames, times, told["fps"], told["duration"], told["total_frames"], source, indices)
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+        except Exception:  # not there, or damaged: an archive with wrong bytes raises nearly anything
             return None
         with contextlib.suppress(OSError):
             os.utime(entry)  # used now
@@ -167,6 +173,7 @@ class FrameCache:
         if video.frames.nbytes > self.limit:
             return
         told = {"fps": video.fps, "duration": video.duration, "total_frames": video.total_frames}
+        told["indices"] = video.indices is not None
         arrays = {"frames": video.frames, "timestamps": np.asarray(video.timestamps, dtype=np.float64)}
         if video.indices is not None:
             arrays["indices"] = np.asarray(video.indices, dtype=np.int64)

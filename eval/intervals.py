@@ -35,11 +35,14 @@ class Interval(NamedTuple):
 
 
 class Paired(NamedTuple):
-    """B minus A in percentage points, with a 95 % interval; `n` pairs of `clusters` videos."""
+    """B minus A in percentage points, with a 95 % interval; `n` pairs of `clusters` videos.
+
+    `low` and `high` are None where drawing videos anew tells nothing: there is one, or all differ by the same.
+    """
 
     difference: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     n: int
     clusters: int
 
@@ -176,6 +179,8 @@ def paired_bootstrap(
     change = np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64)
     sums = np.bincount(place, weights=change, minlength=len(names))
     sizes = np.bincount(place, minlength=len(names)).astype(np.float64)
+    if np.ptp(sums / sizes) < 1e-12:  # an interval without width would look like certainty
+        return Paired(100 * float(change.mean()), None, None, len(change), len(names))
     random = np.random.default_rng(seed)
     found = []
     for start in range(0, repeats, 500):  # in pieces: draws x videos need not fit in memory at once

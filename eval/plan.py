@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,8 @@ class Plan:
 
     def identity(self) -> dict[str, Any]:
         """What may change an answer, ready for JSON."""
-        ids = "\n".join(sample.id for sample in self.samples)
+        # what is asked besides the annotations' revision: cut and whole videos, for instance, are of one revision
+        asked = [(s.id, s.video_id, s.question, s.options, s.answer, s.start, s.end) for s in self.samples]
         return {
             "revision": self.revision,
             "protocol": self.protocol,
@@ -56,7 +58,7 @@ class Plan:
             "answer_by": self.task.answer_by,
             "max_new_tokens": self.max_new_tokens,
             "samples": len(self.samples),
-            "samples_sha256": hashlib.sha256(ids.encode()).hexdigest(),
+            "samples_sha256": hashlib.sha256(json.dumps(asked).encode()).hexdigest(),
         }
 
 
@@ -76,6 +78,8 @@ def load_configs(names: Sequence[str]) -> dict[str, Config | None]:
     found: dict[str, Config | None] = {}
     for given in names:
         name = given if given == UNPATCHED or given in list_presets() else Path(given).stem
+        if name == UNPATCHED != given:
+            raise ValueError(f"config {given!r}: {UNPATCHED!r} is the name of the model as it is; rename the file")
         if name in found:
             raise ValueError(f"config {given!r}: there is another one called {name!r}; rename its file")
         found[name] = None if given == UNPATCHED else load_config(given)

@@ -77,7 +77,8 @@ def chosen(letter: str | None, count: int) -> int | None:
 def named_option(raw: str, options: Sequence[str]) -> int | None:
     """The option that an answer names: the reading of `official`.
 
-    In this order: a whole answer that is one option's text, or one letter in any case; the last capital letter after
+    In this order: a whole answer that is one capital letter (prompts ask for it: it is one too where an option reads
+    "A"), one option's text, or one letter in any case; the last capital letter after
     "answer is", "option:" and the like; a capital at the start ("(B)", "B. text", "B text"); the only letter after
     "answer", "option" or "choice"; the only one in parentheses; the only option whose text stands in the answer; a
     capital alone at the end. Anything before "</think>" is left out. A letter joined to another ("B or C") names none.
@@ -92,9 +93,12 @@ def named_option(raw: str, options: Sequence[str]) -> int | None:
     """
     text = raw.rsplit("</think>", 1)[-1].strip()
     letters, texts = LETTERS[: len(options)], [_folded(o) for o in options]
+    single = re.fullmatch(r"\W*([A-Za-z])\W*", text)
+    if single and single[1] in letters:
+        return letters.index(single[1])
     if texts.count(_folded(text)) == 1:
         return texts.index(_folded(text))
-    if single := re.fullmatch(r"\W*([A-Za-z])\W*", text):
+    if single:
         return chosen(single[1].upper(), len(options))
     letter = rf"([{letters}])(?![\w'\u2019])"
     declared = re.finditer(rf"(?i:\b{_NOUN}\W*(?:is|would be|should be|[:=])\W*(?:{_NOUN}\s+)?\W*)(?-i:{letter})", text)

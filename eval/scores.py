@@ -36,8 +36,9 @@ def results_of(
     """What results.json holds; keys: kind, schema, run (the identity), conditions, tasks.
 
     `tasks[name]` has source, samples {id, video_id} (in one order) and configs; each configuration has accuracy,
-    errors_wrong, headline, by_category, by_group, counts, tokens, ms, flops, peak_memory_bytes and `correct`: per
-    sample 1, 0, or null where nothing was scored.
+    errors_wrong, headline, by_category, by_group, counts, first_error (why the first sample that could not be used
+    could not), unscored_categories (of samples that have an answer), tokens, ms, flops, peak_memory_bytes and
+    `correct`: per sample 1, 0, or null where nothing was scored.
 
     Args:
         identity: of the run; plans, configs: what it did.
@@ -90,6 +91,8 @@ def summary(records: Sequence[Record], headline: Headline) -> dict[str, Any]:
             "unreadable_videos": len({r["video_id"] for r in unusable if r["error"]["at"] == "video"}),
             "unshowable": sum(r["error"]["at"] == "prompt" for r in unusable),
         },
+        "first_error": unusable[0]["error"]["text"] if unusable else None,
+        "unscored_categories": sorted({r["category"] for r in strict} - {r["category"] for r in scored}),
         "tokens": _spreads(((k, r["tokens"].get(k)) for r in records if "tokens" in r for k in TOKENS), TOKENS),
         "ms": _spreads(_times(records), STAGES),
         "flops": _spreads(

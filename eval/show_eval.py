@@ -102,14 +102,31 @@ def median_text(values: Mapping[str, Any] | None, form: str = ".0f") -> str:
     return "-" if not values else format(values["median"], form)
 
 
+def changed_conditions(results: Mapping[str, Any]) -> list[str]:
+    """Conditions that were others when a run began than when it was resumed, by name."""
+    now = results["conditions"]
+    names = {
+        name for one in now.get("earlier", []) for name in {*one, *now} - {"earlier"} if one.get(name) != now.get(name)
+    }
+    return sorted(names - {"load_average", "date"})
+
+
 def show_results(results: Mapping[str, Any], console: Console) -> None:
     """Print a table of each task, and below it what could not be read."""
     for name, task in results["tasks"].items():
         run = results["run"]["tasks"][name]
         console.print(_task_table(name, run, task))
         for config, found in task["configs"].items():
-            for line in _remarks(found):
-                console.print(f"{config}: {line}", markup=False, highlight=False, soft_wrap=True, style="yellow")
+            for line in _remarks(found):  # words of data sets are in it
+                console.print(plain(f"{config}: {line}"), markup=False, highlight=False, soft_wrap=True, style="yellow")
+    if changed := changed_conditions(results):
+        console.print(
+            f"resumed under other conditions ({', '.join(changed)}): times and memory are a mixture",
+            style="yellow",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
     console.print(
         "accuracy in % with 95 % intervals clustered by video; tokens, FLOPs and ms are medians; "
         "ms to first token without decoding and preprocessing",
@@ -147,18 +164,22 @@ def _task_table(name: str, run: Mapping[str, Any], task: Mapping[str, Any]) -> T
     row("FLOPs to the first token", [flops_text((f["flops"].get("total") or {}).get("median")) for f in found])
     for stage, label in (("decode", "decode"), ("preprocess", "preprocess"), ("ttft", "to first token")):
         row(f"ms {label}", [median_text(f["ms"].get(stage), ".1f") for f in found])
-    row("MB peak memory", [f"{(f['peak_memory_bytes'] or 0) / 1e6:.0f}" for f in found])
+    peaks = [f["peak_memory_bytes"] for f in found]
+    row("MB peak memory", ["-" if peak is None else f"{peak / 1e6:.0f}" for peak in peaks])
     return table
 
 
 def _remarks(found: Mapping[str, Any]) -> list[str]:
     counts = found["counts"]
     lines = []
+    if (first := found.get("first_error")) is not None:
+        lines.append(f"first error: {first}")
     if counts["unreadable"]:
         lines.append(
             f"{counts['unreadable']} samples of {counts['unreadable_videos']} videos that cannot be read are in no "
             f"accuracy; counted as wrong it is {interval_text(found['errors_wrong'])}"
         )
+        lines.append("once they can be read: take their lines out of records.jsonl and go on with --resume")
     for key, text in (
         ("unshowable", "samples could not be made into a prompt and are in no accuracy"),
         ("no_answer", "answers held no choice and count as wrong"),
@@ -167,4 +188,6 @@ def _remarks(found: Mapping[str, Any]) -> list[str]:
     ):
         if counts[key]:
             lines.append(f"{counts[key]} {text}")
+    if lost := found.get("unscored_categories"):
+        lines.append(f"no sample of these categories is scored, so means over categories lack them: {', '.join(lost)}")
     return lines

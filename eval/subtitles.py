@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 from .plain import plain
 
-_TIME = r"(?:(\d+):)?(\d{1,2}):(\d{1,2})(?:[,.](\d{1,6}))?"
+_LATEST = 1e9  # seconds; JSON knows no limit, and such a whole number need not fit a float
+_TIME = r"(?:(\d{1,6}):)?(\d{1,2}):(\d{1,2})(?:[,.](\d{1,6}))?"
 _ARROW = re.compile(rf"^\s*{_TIME}\s*-->\s*{_TIME}")
 _TAG = re.compile(r"<[^<>]*>|\{\\[^{}]*\}")  # <font ...>, <|im_end|>, {\an8}
 _LMMS_FONT = re.compile(r'<font color="white" size=".72c">(.*?)</font>')
@@ -70,7 +71,7 @@ def lines_at(lines: Iterable[Line], seconds: Sequence[float], at_least: float = 
 def lmms_texts(lines: Iterable[Line]) -> list[str]:
     """What lmms-eval takes of Video-MME's lines: the first piece in exactly its font tag; other lines are dropped."""
     found = (_LMMS_FONT.search(line.raw) for line in lines)
-    return [plain(_TAG.sub("", match[1])) for match in found if match]
+    return [_text(match[1]) for match in found if match]
 
 
 def _widened(line: Line, at_least: float) -> tuple[float, float]:
@@ -81,7 +82,10 @@ def _widened(line: Line, at_least: float) -> tuple[float, float]:
 
 
 def _text(raw: str) -> str:
-    return plain(_TAG.sub("", raw))
+    text = raw
+    while (without := _TAG.sub("", text)) != text:  # "<<x>x>" holds one more
+        text = without
+    return plain(text)
 
 
 def _from_srt(text: str) -> list[Line]:
@@ -132,7 +136,7 @@ def _item(item: Any, where: str) -> Line:
 
 
 def _moment(value: Any, where: str) -> float:
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+    if isinstance(value, int | float) and not isinstance(value, bool) and -_LATEST < value < _LATEST:
         return float(value)
     match = re.fullmatch(_TIME, value.strip()) if isinstance(value, str) else None
     if match is None:

@@ -146,6 +146,25 @@ def test_what_else_differs_is_said() -> None:
     assert "the runs differ in num\\_frames: a 8; b 16" in markdown_text(found)
 
 
+def test_a_run_that_is_not_finished_is_told(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"results\.json: no such file"):
+        compare_files([tmp_path])
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"results\.json: the run there is not finished.*--resume"):
+        compare_files([tmp_path])
+
+
+def test_other_versions_and_other_files_of_one_name_are_said() -> None:
+    runs = {name: results({"unpatched": [1] * 6, "holimerge-15": [1] * 6}) for name in "abc"}
+    runs["b"]["run"]["versions"]["torch"] = "0.1"
+    runs["c"]["run"]["configs"]["holimerge-15"]["budget"]["retain"] = 0.16
+    found = compare_results(list(runs.items()))["differs"]
+    assert sorted(found) == ["configuration holimerge-15", "version of torch"]
+    assert found["version of torch"]["b"] == "0.1"
+    told = found["configuration holimerge-15"]
+    assert told == {"a": "first", "b": "the same", "c": "budget.retain: 0.15, now 0.16"}
+
+
 def test_files_folders_and_names(tmp_path: Path) -> None:
     for name, right in (("base", [1, 0, 1]), ("new", [1, 1, 1])):
         (tmp_path / name).mkdir()
@@ -168,6 +187,28 @@ def test_files_folders_and_names(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["compare", str(tmp_path / "none.json")])
     assert done.exit_code == 2
     assert "none.json" in done.stderr
+
+
+def test_one_video_has_no_interval() -> None:
+    run = results({"unpatched": [1, 0, 0], "holimerge-15": [1, 1, 1]})
+    comparison = compare_results([("r", run)])
+    pair = comparison["tasks"]["toy"]["columns"]["holimerge-15"]["against_first"]
+    assert (pair["low"], pair["high"], pair["clusters"]) == (None, None, 1)
+    assert "| +66.7 | - |" in markdown_text(comparison).replace("\\", "")
+
+
+def test_the_own_metric_and_a_changed_machine_are_told() -> None:
+    run = results({"unpatched": [1, 0, 0, 1], "holimerge-15": [1, 1, 1, 1]})
+    plain = markdown_text(compare_results([("r", run)]))
+    assert "metric" not in plain
+    assert "mixture" not in plain
+    for found in run["tasks"]["toy"]["configs"].values():
+        found["headline"] = {"m_avg": 12.34}
+    run["conditions"] = {"device": "b", "date": "2", "earlier": [{"device": "a", "date": "1"}]}
+    text = markdown_text(compare_results([("r", run)])).replace("\\", "")
+    assert "toy, m_avg (the task's own metric; the table compares the share of right answers)" in text
+    assert "unpatched 12.3, holimerge-15 12.3" in text
+    assert "r was resumed under other conditions (device)" in text
 
 
 def test_names_are_plain_text() -> None:

@@ -466,6 +466,9 @@ def test_names_and_folders(tmp_path: Path) -> None:
         load_configs(["holimerge-10", str(tmp_path / "holimerge-10.yaml")])
     with pytest.raises(ValueError, match="no config"):
         load_configs([])
+    (tmp_path / "unpatched.yaml").write_text("base: holimerge-15\n")
+    with pytest.raises(ValueError, match="the model as it is"):  # its column would look like the baseline
+        load_configs([str(tmp_path / "unpatched.yaml")])
     assert data_roots(["/a", "y=/b"], ["x", "y"], ["x", "y", "z"]) == {"x": Path("/a"), "y": Path("/b")}
     assert data_roots(["/odd=name"], ["x"], ["x"]) == {"x": Path("/odd=name")}
     for wrong in (["/a", "/b"], ["x=/a", "x=/b"], ["z=/a"]):
@@ -479,6 +482,29 @@ def test_ids_must_be_unique(checkpoints: dict[str, str], data: str, tmp_path: Pa
         ask(checkpoints["llava_onevision"], data, tmp_path / "out", task=toy_task(samples))
     with pytest.raises(ValueError, match="has no samples"):
         ask(checkpoints["llava_onevision"], data, tmp_path / "out", task=toy_task([]))
+    two = [toy_task(toy_samples(data)[:1]), toy_task(toy_samples(data)[1:])]
+    with pytest.raises(ValueError, match="twice: toy, toy"):
+        evaluate(checkpoints["llava_onevision"], ["unpatched"], two, tmp_path / "out")
+
+
+def test_what_is_lost_is_told(checkpoints: dict[str, str], data: str, tmp_path: Path) -> None:
+    samples = [s for s in toy_samples(data) if s.video_id != "clip1.mp4"][:3]
+    samples[1] = dataclasses.replace(samples[1], video=Path("/no/such\x1b[2J.mp4"), category="lost")
+    results, _ = ask(checkpoints["llava_onevision"], data, tmp_path, task=toy_task(samples), configs=["unpatched"])
+    found = results["tasks"]["toy"]["configs"]["unpatched"]
+    assert found["unscored_categories"] == ["lost"]
+    assert "no such video file" in found["first_error"]
+    stream = io.StringIO()
+    show_results(results, Console(file=stream, width=150))
+    text = stream.getvalue()
+    assert "first error: /no/such[2J.mp4: no such video file" in text
+    assert "means over categories lack them: lost" in text
+    assert "go on with --resume" in text
+    found["peak_memory_bytes"] = None  # a system that does not tell
+    stream = io.StringIO()
+    show_results(results, Console(file=stream, width=150))
+    (line,) = (line for line in stream.getvalue().splitlines() if "peak memory" in line)
+    assert line.split()[-2] == "-"
 
 
 # --- what is shown ---------------------------------------------------------------------------------------------------

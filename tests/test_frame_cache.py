@@ -10,10 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from eval_toys import toy_task
 from typer.testing import CliRunner
 
 from holimerge.eval.cli import app
+from holimerge.eval.clips import Clip
 from holimerge.eval.frame_cache import FrameCache, content_key, default_folder, parse_size
+from holimerge.eval.load import Loaded
+from holimerge.eval.tasks.base import Sample
 from holimerge.video import Video, read_video, synthetic_clip, write_video
 
 pytest.importorskip("av")
@@ -117,6 +121,28 @@ def test_a_damaged_entry_is_a_miss(tmp_path: Path, clip: Path, damage: str) -> N
     assert cache.read(clip, never, frames=5)[1]  # it was written anew
 
 
+def test_no_damaged_byte_gives_other_frames_or_an_error(tmp_path: Path) -> None:
+    """A byte of a header or of the directory decides what the archive holds; numpy reads only what that says."""
+    clip = Path(write_video(tmp_path / "a.mp4", synthetic_clip(6, 64, 64), fps=4))
+    cache = FrameCache(tmp_path / "cache")
+    video, _ = cache.read(clip, frames=3)
+    (entry,) = cache.folder.iterdir()
+    content = entry.read_bytes()
+    places = [*range(300), *range(len(content) - 500, len(content))]
+    random, hits = np.random.default_rng(0), 0
+    for place in places:
+        for value in random.integers(0, 256, 3):
+            entry.write_bytes(content[:place] + bytes([value]) + content[place + 1 :])
+            found = cache._load(entry, str(clip))
+            assert found is None or same(found, video), place
+            hits += found is not None
+    assert 0 < hits < len(places)  # dates and the like do not matter
+    smaller = content.replace(b"(3, 64, 64, 3)", b"(3, 64, 10, 3)")  # a damaged shape of fewer bytes than there are
+    assert smaller != content
+    entry.write_bytes(smaller)
+    assert cache._load(entry, str(clip)) is None
+
+
 def test_the_least_recently_used_go_first(tmp_path: Path, clip: Path) -> None:
     cache = FrameCache(tmp_path / "cache")
     cache.read(clip, frames=4)
@@ -133,6 +159,22 @@ def test_the_least_recently_used_go_first(tmp_path: Path, clip: Path) -> None:
     assert cache.size()[1] <= cache.limit
     assert cache.read(clip, never, frames=4)[1]
     assert not cache.read(clip, frames=4, start=0.5)[1]
+
+
+def test_decoding_is_timed_without_the_cache(tmp_path: Path, clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writing an entry may take longer than decoding; it is no part of a video's decoding time."""
+    cache = FrameCache(tmp_path / "cache")
+    store = cache._store
+    monkeypatch.setattr(cache, "_store", lambda *arguments: (time.sleep(0.5), store(*arguments)))
+    sample = Sample("1", clip, "clip", "?", ("a", "b"), 0, "c")
+    loaded = Loaded(None, None, None, None)
+    first, second = (
+        Clip(toy_task([sample]), sample, loaded, frames=4, sampling="uniform", cache=cache) for _ in range(2)
+    )
+    assert first.error is None
+    assert 0 < first.ms["decode"] < 500
+    assert "decode" not in second.ms
+    assert same(first.video, second.video)
 
 
 def test_what_is_larger_than_the_cache_is_not_kept(tmp_path: Path, clip: Path) -> None:

@@ -143,6 +143,10 @@ def test_the_bootstrap_draws_videos() -> None:
     )
     with pytest.raises(ValueError, match="no pairs"):
         paired_bootstrap([], [], [])
+    one = paired_bootstrap([0, 1, 0], [1, 1, 0], ["a"] * 3)  # a bootstrap of one video would have no width
+    assert one == (pytest.approx(100 / 3), None, None, 3, 1)
+    equal = paired_bootstrap([1, 0, 1, 0], [1, 0, 1, 0], list("abca"))  # three videos show no certain nought
+    assert equal == (0, None, None, 4, 3)
 
 
 def test_the_bootstrap_covers() -> None:

@@ -158,6 +158,19 @@ def test_the_official_reading(text: str, choice: int | None) -> None:
     assert named_option(text, ("Red", "Blue", "Green", "White")) == choice
 
 
+def test_a_capital_alone_is_the_letter_also_where_options_are_letters() -> None:
+    """Prompts ask for a letter, so "A" is the first option whatever the options read."""
+    options = ("C", "A", "D", "B")
+    for protocol in PROTOCOLS:
+        extract = get_task("custom").extract
+        assert extract is not None
+        assert [extract(raw, sample(options=options), protocol, 0).choice for raw in "ABCD"] == [0, 1, 2, 3]
+    assert named_option("(A)", options) == 0
+    assert named_option("E", ("X", "E")) == 1  # no letter of two options, so the text
+    assert named_option("e", ("a", "e", "i", "o", "u")) == 1
+    assert named_option("b", ("a", "e")) == 1
+
+
 def test_the_official_reading_of_options_that_hold_each_other() -> None:
     assert named_option("He takes the blue door.", ("blue", "blue door")) == 1
     assert named_option("A blue one", ("A blue one", "B")) == 0
@@ -379,6 +392,19 @@ def test_longvideobench_lists_subtitles_under_official(tmp_path: Path) -> None:
         task.prompt(samples[0], "official", [0.0])
 
 
+def test_a_lost_subtitle_file_is_no_video_without_words(tmp_path: Path) -> None:
+    """Every question of LongVideoBench has its file: without it `official` would silently ask another question."""
+    task = get_task("longvideobench")
+    root = make.longvideobench(tmp_path)
+    (root / "subtitles" / "abc0_en.json").unlink()
+    first, second, _ = task.load(root).samples
+    assert task.prompt is not None
+    with pytest.raises(ValueError, match=r"abc0_en\.json: cannot be read as subtitles"):
+        task.prompt(first, "official", [0.0])
+    assert task.prompt(first, "lmms_eval_0_3", [0.0])
+    assert "at the start" in task.prompt(second, "official", [0.0]).user
+
+
 TOLERATED = {
     "plain": (
         "1\n00:00:01,000 --> 00:00:02,500\nHello\n\n2\n00:00:03,000 --> 00:00:04,000\nthere\n",
@@ -390,6 +416,7 @@ TOLERATED = {
         '1\n00:00:01,000 --> 00:00:02,500\n<font color="white" size=".72c">Hel<b>lo</b></font>{\\an8}\n',
         ["Hello"],
     ),
+    "a tag in a tag": ("1\n00:00:01,000 --> 00:00:02,500\nHello <<|im_end|>|im_end|>you\n", ["Hello you"]),
     "two lines": ("1\n00:00:01,000 --> 00:00:02,500\nHello\nyou\n", ["Hello you"]),
     "an empty line inside": (
         "1\n00:00:01,000 --> 00:00:02,500\nHello\n\nyou\n\n2\n00:00:03,000 --> 00:00:04,000\nx\n",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
 import multiprocessing
 import os
@@ -17,9 +19,11 @@ from typing import Any
 
 import pytest
 from eval_toys import save_checkpoint, save_data, timeless, toy_samples, toy_task
+from rich.console import Console
 
 from holimerge.eval.evaluate import evaluate
 from holimerge.eval.records import Writer, differences, key_of, lines_of, merge_files, open_run, read_records
+from holimerge.eval.show_eval import show_results
 from holimerge.eval.workers import Worker, agreed, this_worker, wait_for_all
 
 pytest.importorskip("av")
@@ -215,6 +219,16 @@ def test_another_run_is_refused_by_name(checkpoint: str, data: str, tmp_path: Pa
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_other_questions_under_one_revision_are_refused(checkpoint: str, data: str, tmp_path: Path) -> None:
+    """A revision is of the annotations; MVBench's cut segments and whole videos, say, have the same one."""
+    samples = toy_samples(data)[:2]
+    parts = [dataclasses.replace(sample, start=0.0, end=1.0) for sample in samples]
+    settings: dict[str, Any] = {"num_frames": 4, "resume": True}
+    evaluate(checkpoint, ["unpatched"], [toy_task(samples)], tmp_path / "out", **settings)
+    with pytest.raises(ValueError, match=r"tasks\.toy\.samples_sha256"):
+        evaluate(checkpoint, ["unpatched"], [toy_task(parts)], tmp_path / "out", **settings)
+
+
 def test_other_weights_in_the_same_folder_are_refused(checkpoint: str, data: str, tmp_path: Path) -> None:
     copy = tmp_path / "model"
     copy.mkdir()
@@ -234,6 +248,36 @@ def test_a_finished_run_is_only_read(
     first = run(checkpoint, data, tmp_path, configs=["unpatched"], limit=3)
     monkeypatch.setattr("holimerge.eval.evaluate.load", lambda *a, **k: pytest.fail("the model was loaded"))
     assert run(checkpoint, data, tmp_path, configs=["unpatched"], limit=3, resume=True, batch_size=2) == first
+
+
+def test_other_conditions_of_a_resumed_run_are_told(checkpoint: str, data: str, tmp_path: Path) -> None:
+    """Times of two machines or batch sizes in one median are a mixture, which the summary has to say."""
+
+    def half() -> None:
+        path = tmp_path / "records.jsonl"
+        path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:2]))
+        (tmp_path / "results.json").unlink()
+
+    def again(**changes: Any) -> tuple[dict[str, Any], str]:
+        found = run(checkpoint, data, tmp_path, configs=["unpatched"], limit=4, resume=True, **changes)
+        assert found is not None
+        stream = io.StringIO()
+        show_results(found, Console(file=stream, width=150))
+        return found["conditions"], stream.getvalue()
+
+    first, text = again()
+    assert "earlier" not in first
+    half()
+    same, text = again()
+    assert "earlier" not in same
+    assert "mixture" not in text
+    half()
+    mixed, text = again(batch_size=2, reuse=False)
+    assert [(e["batch_size"], e["reuse"]) for e in mixed["earlier"]] == [(1, True)]
+    assert "resumed under other conditions (batch_size, reuse): times and memory are a mixture" in text
+    half()
+    back, _ = again()
+    assert [(e["batch_size"], e["reuse"]) for e in back["earlier"]] == [(2, False)]
 
 
 # --- several processes -----------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import socket
 import sys
@@ -295,6 +296,11 @@ def test_a_missing_task_or_config(data: Callable[[str], Path], built: dict[str, 
     assert get_task("videomme").load(root).samples
     with pytest.raises(FileNotFoundError, match=r"no folder of subtitles \(subtitle.*subtitle\.zip"):
         get_task("videomme_w_subtitle").load(root)
+    (root / "subtitle" / "deeper").mkdir(parents=True)  # an archive unpacked into a folder of its own
+    for path in (built["videomme"] / "subtitle").iterdir():
+        shutil.copy(path, root / "subtitle" / "deeper")
+    with pytest.raises(FileNotFoundError, match=r"no video of .* has its <videoID>\.srt in .*subtitle"):
+        get_task("videomme_w_subtitle").load(root)
 
 
 @pytest.mark.parametrize(
@@ -502,6 +508,8 @@ def test_longvideobench_fillers_are_no_options(tmp_path: Path) -> None:
         ({"colour": 1}, "line 3: unknown keys 'colour'; valid: video, question"),
         ({"start": 3, "end": 2}, "needs 0 <= start < end"),
         ({"start": "x"}, "needs a number"),
+        ({"start": 10**400}, "needs a number"),
+        ({"end": math.inf}, "needs a number"),
         ({"id": "1"}, "line 3: the id '1' is that of line 1"),
     ],
 )
@@ -540,6 +548,28 @@ def test_custom_answers(tmp_path: Path) -> None:
     assert [s.id for s in samples] == ["1", "3", "who"]
     assert [s.category for s in samples] == ["custom", "count", "custom"]
     assert (samples[2].start, samples[2].end) == (1, 2.5)
+
+
+def test_custom_options_with_letters_do_not_get_two(tmp_path: Path) -> None:
+    task = get_task("custom")
+    row = {"video": "a.mp4", "question": "Which?", "options": ["A. left", "B. right"]}
+    lines = [{**row, "answer": answer} for answer in ("B. right", "right", "B", 1)]
+    lines.append({**row, "options": ["A. left", "right"], "answer": "A. left"})  # not all have one: part of the text
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    samples = task.load(tmp_path).samples
+    assert [s.answer for s in samples] == [1, 1, 1, 1, 0]
+    assert {s.options for s in samples[:4]} == {("left", "right")}
+    assert samples[4].options == ("A. left", "right")
+    assert task.prompt is not None
+    assert "\nA. left\nB. right\n" in task.prompt(samples[0], "official", []).user
+
+
+def test_custom_names_of_one_video_are_one_cluster(tmp_path: Path) -> None:
+    row = {"question": "Which?", "options": ["x", "y"], "answer": "x"}
+    names = ["c/a.mp4", "./c/a.mp4", "c//a.mp4", "c/b.mp4"]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps({"video": name, **row}) + "\n" for name in names))
+    samples = get_task("custom").load(tmp_path).samples
+    assert [s.video_id for s in samples] == ["c/a.mp4"] * 3 + ["c/b.mp4"]
 
 
 # --- text and scores --------------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,6 +14,7 @@ from ._paths import VIDEO_ENDINGS, commit_of, hf_home, snapshots
 from .base import LETTERS, Loaded, Sample
 
 _REQUIRED: Any = object()
+_LARGEST = 1e15  # JSON knows no limit: such a whole number need not fit a float
 # controls and what turns the writing direction; line ends and tabs stay, they are part of a question
 _HIDDEN = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]")
 
@@ -141,11 +141,11 @@ class Row:
         return tuple(clean(v) for v in value)
 
     def number(self, column: str, default: Any = _REQUIRED) -> Any:
-        """A finite number, or `default` where there is none."""
+        """A finite number (up to 1e15 in size), or `default` where there is none."""
         value = self._get(column, default)
         if value is default:
             return value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not -_LARGEST <= value <= _LARGEST:
             raise self.wrong(column, "a number")
         return value
 

@@ -2,7 +2,8 @@
 
     {"video": "clips/a.mp4", "question": "Which way?", "options": ["left", "right"], "answer": "left"}
 
-`answer` is an index from 0 (a number), a letter, or an option's text. Optional: "id" (default: the line's number),
+`answer` is an index from 0 (a number), a letter, or an option's text. Options get letters in the prompt; letters that
+all of them have already ("A. left") are taken off first. Optional: "id" (default: the line's number),
 "category", "start" and "end" in seconds. Videos are named relative to the file's folder and lie inside it.
 """
 
@@ -10,11 +11,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..protocols import chosen, lettered, mcq_letter, named_option
-from ._data import Row, loaded, mean_of_categories, percent
+from ._data import Row, clean, loaded, mean_of_categories, percent, without_letters
 from ._paths import inside
 from .base import LETTERS, Extracted, Loaded, Prompt, Sample, Task
 
@@ -63,7 +64,8 @@ def _sample(line: str, where: str, folder: Path, number: int) -> Sample:
     row = Row(values, where, _HINT)
     if unknown := [key for key in row.values if key not in _KEYS]:
         raise ValueError(f"{where}: unknown keys {', '.join(map(repr, unknown))}; valid: {', '.join(_KEYS)}")
-    options = tuple(o.strip() for o in row.texts("options"))
+    given = tuple(o.strip() for o in row.texts("options"))
+    options = without_letters(given)
     if len(set(options)) < len(options):
         raise row.wrong("options", "options that differ")
     start, end = row.number("start", None), row.number("end", None)
@@ -73,17 +75,17 @@ def _sample(line: str, where: str, folder: Path, number: int) -> Sample:
     return Sample(
         id=row.text("id", str(number)),
         video=video,
-        video_id=row.text("video"),
+        video_id=clean(str(PurePosixPath(row.file_name("video")))),  # "./a.mp4" is the same video as "a.mp4"
         question=row.text("question"),
         options=options,
-        answer=_answer(row, options),
+        answer=_answer(row, options, given),
         category=row.text("category", "custom"),
         start=start,
         end=end,
     )
 
 
-def _answer(row: Row, options: Sequence[str]) -> int:
+def _answer(row: Row, options: Sequence[str], given: Sequence[str]) -> int:
     value = row.values.get("answer")
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(options):
         return value
@@ -92,7 +94,7 @@ def _answer(row: Row, options: Sequence[str]) -> int:
     if not isinstance(value, str):
         raise row.wrong("answer", needs)
     text = row.text("answer").strip()
-    found = {options.index(text)} if text in options else set()
+    found = {texts.index(text) for texts in (options, given) if text in texts}
     found |= {letters.index(text)} if len(text) == 1 and text in letters else set()
     if len(found) > 1:
         raise row.wrong("answer", "no letter that is also another option's text; give the index")

@@ -53,7 +53,7 @@ def load(root: Path | None) -> Loaded:
                 answer=answer,
                 category=row.text("question_category"),
                 groups={"duration": f"{row.number('duration_group'):g}", "topic": row.text("topic_category", "")},
-                subtitles=subtitles if subtitles and subtitles.is_file() else None,
+                subtitles=subtitles,
                 raw={
                     "subtitles_start": float(row.number("starting_timestamp_for_subtitles", 0.0)),
                     "subtitles_wanted": row.has("subtitle_path") and not texts,
@@ -85,6 +85,7 @@ def prompt(sample: Sample, protocol: str, seconds: Sequence[float]) -> Prompt:
         raise FileNotFoundError(
             f"protocol official shows subtitles, but there is no folder subtitles/. {SOURCE.get_it}"
         )
+    # every question of the data set has a file: one that is lost is an error of this sample (read_subtitles raises)
     lines = read_subtitles(sample.subtitles, sample.raw["subtitles_start"]) if sample.subtitles else []
     shown = lines_at(lines, seconds, at_least=1.0)
     if not shown:

@@ -14,21 +14,20 @@ from pathlib import Path
 from typing import Any
 
 from holimerge.eval.frame_cache import default_folder
-from holimerge.eval.tiny.splits import SIZES, questions_of, story_of
+from holimerge.eval.tiny.splits import SIZES, Split, questions_of, story_of
 from holimerge.eval.tiny.world import VERSION, Story, render
 
 from .base import Loaded, Prompt, Sample, Task
 
-SPLIT = "test"
 FPS, QUALITY = 4.0, 10  # frames a second; x264's crf: small pictures of small objects bear little loss
 
 
-def load(root: Path | None) -> Loaded:
-    """Every question of the test split; no video is drawn yet."""
+def load(root: Path | None, split: Split = "test") -> Loaded:
+    """Every question of a split; no video is drawn yet."""
     folder = default_folder().parent / "synthetic" if root is None else root.expanduser()
     samples, digest = [], hashlib.sha256(str(VERSION).encode())
-    for index in range(SIZES["test"]):
-        story, name = story_of("test", index), f"{SPLIT}-{index:04d}"
+    for index in range(SIZES[split]):
+        story, name = story_of(split, index), f"{split}-{index:04d}"
         for question in questions_of(story):
             digest.update(repr(question).encode())
             samples.append(
@@ -40,10 +39,10 @@ def load(root: Path | None) -> Loaded:
                     options=question.options,
                     answer=question.answer,
                     category=question.category,
-                    raw={"index": index, "elimination": question.elimination},
+                    raw={"split": split, "index": index, "elimination": question.elimination},
                 )
             )
-    return Loaded(samples, f"sha256:{digest.hexdigest()[:16]}", f"generated, {SPLIT} split")
+    return Loaded(samples, f"sha256:{digest.hexdigest()[:16]}", f"generated, {split} split")
 
 
 def content_of(story: Story) -> str:
@@ -55,7 +54,7 @@ def prepare(sample: Sample) -> None:
     """Write the sample's video, unless it is there; several processes may try at once."""
     assert sample.video is not None
     if not sample.video.exists():
-        write_story(sample.video, story_of("test", sample.raw["index"]))
+        write_story(sample.video, story_of(sample.raw["split"], sample.raw["index"]))
 
 
 def write_story(path: Path, story: Story) -> None:

@@ -62,6 +62,9 @@ def load(root: Path | None, with_subtitles: bool = False) -> Loaded:
                 raw={"options": options},
             )
         )
+    if texts and not any(sample.subtitles for sample in samples):  # three of four videos have a file
+        looked = ", ".join(map(str, texts))
+        raise FileNotFoundError(f"no video of {files[0]} has its <videoID>.srt in {looked}. {SOURCE.get_it}")
     return loaded(samples, files)
 
 
