@@ -103,7 +103,8 @@ def test_losses_of_attention_are_shares() -> None:
     assert misses(sharp, asked) < 1e-3
     watch = some_objects(truth, torch.Generator().manual_seed(1), count=20)
     own = truth.kind.flatten(1).gather(1, watch - len(BEFORE))
-    assert (own >= 0).float().mean() > 0.9  # nearly always an object
+    objects = (truth.kind >= 0).flatten(1).sum(1).clamp_max(20)
+    assert ((own >= 0).sum(1) == objects).all()  # objects first, whatever else fills up
     frame = (watch - len(BEFORE)) // N
     total, found = 0, []
     for b in range(B):
@@ -272,6 +273,6 @@ def test_published_answers_come_out_again(tmp_path: Path) -> None:
     for name in names:
         theirs = published["configs"][name]["correct"][:limit]
         flips = sum(a != b for a, b in zip(mine["configs"][name]["correct"], theirs, strict=True))
-        assert flips <= limit // 15, name
+        assert flips <= (1 if name == "unpatched" else limit // 8), name
     assert sum(mine["configs"]["unpatched"]["correct"]) > 0.6 * limit
     assert mine["configs"]["holimerge-10"]["tokens"]["entering"]["median"] < 130
