@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --upgrade pip
 	# torch first and by its exact version: the other packages then find it and fetch no other build
 	$(BIN)/pip install --quiet torch -c constraints.txt
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[test,viz]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[test,viz,eval]'
 	touch $(STAMP)
 
 demo: setup
