@@ -310,7 +310,7 @@ def test_demo_from_file_to_table(tmp_path: Path) -> None:
         assert question["question"] in text
         assert question["answer"] in question["options"]
         assert set(question["answers"].values()) <= set(question["options"])
-    assert "unknown" in fails("demo", "--videos", "1", "--config", "holimerge-11")
+    assert "no preset 'holimerge-11'" in fails("demo", "--videos", "1", "--config", "holimerge-11")
 
 
 def test_bench_writes_json(checkpoints: dict[str, str], tmp_path: Path, family: str) -> None:

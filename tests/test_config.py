@@ -18,7 +18,9 @@ import holimerge
 from holimerge.config import Budget, Config, ConfigError, Inner, OuterOptions, load_config
 from holimerge.cost import inner_kept
 
-PRESETS = [f"holimerge-{p}" for p in (10, 15, 25)] + [f"holitom-{p}" for p in (10, 15, 20, 25)] + ["keep-all"]
+PRESETS = (
+    [f"holimerge-{p}" for p in ("05", 10, 15, 25)] + [f"holitom-{p}" for p in ("05", 10, 15, 20, 25)] + ["keep-all"]
+)
 H = {"method": "holitom", "budget": {"retain": 0.1}}
 NAN, INF = float("nan"), float("inf")
 
@@ -55,7 +57,7 @@ def test_preset_values(name):
     assert (config.budget.tokens, config.budget.flops, config.chunk_frames) == (None, None, None)
     assert config.budget.retain == percent / 100
     assert config.budget.exact is not authors
-    assert config.outer.similarity == (0.65 if percent == 10 else 0.8)
+    assert config.outer.similarity == (0.65 if percent <= 10 else 0.8)
     assert config.outer.order == ("segment" if authors else "raster")
     # auto is contiguous on 1-D RoPE and original on mRoPE
     assert config.outer.positions == ("contiguous" if authors else "auto")

@@ -334,7 +334,7 @@ def test_the_embedded_model_answers_a_likelihood_task(tmp_path: Path) -> None:
     write_choice(tmp_path / "tasks", "synthetic", rows)
     found = evaluate(
         setting.folder,
-        ["holimerge-10"],
+        ["holimerge-25"],
         ["synthetic"],
         tmp_path / "ours",
         data=[f"synthetic={tmp_path / 'videos'}"],
@@ -345,10 +345,10 @@ def test_the_embedded_model_answers_a_likelihood_task(tmp_path: Path) -> None:
     lmms_eval(
         tmp_path,
         *("--model", MODELS["llava_onevision"], "--tasks", "synthetic_choice", "--batch_size", "1"),
-        *("--model_args", f"pretrained={setting.folder},config=holimerge-10,num_frames=32,dtype=float32"),
+        *("--model_args", f"pretrained={setting.folder},config=holimerge-25,num_frames=32,dtype=float32"),
         *("--include_path", str(tmp_path / "tasks"), "--output_path", str(tmp_path / "out"), "--log_samples"),
     )
-    ours = found["tasks"]["synthetic"]["configs"]["holimerge-10"]
+    ours = found["tasks"]["synthetic"]["configs"]["holimerge-25"]
     theirs = [int(sample["acc"]) for sample in read_samples(tmp_path / "out", "synthetic_choice")]
     assert theirs == ours["correct"]
     assert read_results(tmp_path / "out")["results"]["synthetic_choice"]["acc,none"] == pytest.approx(
