@@ -14,7 +14,7 @@ import random
 import re
 from collections.abc import Sequence
 
-from .tasks.base import LETTERS, Extracted
+from .tasks.base import LETTERS, Extracted, Sample
 
 PROTOCOLS = ("official", "lmms_eval_0_3", "lmms_eval_0_7")
 
@@ -175,6 +175,13 @@ def ranked_letter(raw: str, letters: str) -> str | None:
 def mcq_letter(raw: str, letters: str, protocol: str) -> str | None:
     """The letter by the lmms-eval of a protocol, for the benchmarks that share its general reading."""
     return first_letter(raw, letters) if protocol == "lmms_eval_0_3" else ranked_letter(raw, letters)
+
+
+def option_of_four(raw: str, sample: Sample, protocol: str, seed: int) -> Extracted:
+    """The choice of tasks whose options are A to D, as `Task.extract`; seed: not needed, nothing is drawn."""
+    if protocol == "official":
+        return Extracted(named_option(raw, sample.options))
+    return Extracted(chosen(mcq_letter(raw, "ABCD", protocol), len(sample.options)))
 
 
 def standing_letter(raw: str) -> str | None:

@@ -89,8 +89,8 @@ class Task:
         prompt: (sample, protocol, seconds of the sampled frames) -> Prompt; None for tasks answered by likelihood.
         extract: (raw text, sample, protocol, seed) -> Extracted; None for tasks answered by likelihood.
         protocols: names that `prompt` and `extract` know, the default first.
-        sampling: protocol -> rule of frame sampling that `holimerge.video.read_video` knows.
-        max_new_tokens: protocol -> tokens to write.
+        sampling: protocol -> rule of frame sampling that `holimerge.video.read_video` knows; "uniform" if not named.
+        max_new_tokens: protocol -> tokens to write; 16 if not named.
         answer_by: "generation" or "likelihood" (of the option texts, by `holimerge.score_options`).
         headline: (records of the task) -> named scores in percent, the first is the task's own metric; each record has
             `category`, `groups`, `correct` (bool), `choice` (int or None), `video_id`, and may have `counted`.

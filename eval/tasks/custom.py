@@ -128,6 +128,4 @@ TASK = Task(
     extract=extract,
     headline=headline,
     homepage="a JSONL file of your own",
-    sampling=dict.fromkeys(Task.protocols, "uniform"),
-    max_new_tokens=dict.fromkeys(Task.protocols, 16),
 )

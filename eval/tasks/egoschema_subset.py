@@ -73,6 +73,4 @@ TASK = Task(
     extract=extract,
     headline=headline,
     homepage=SOURCE.homepage,
-    sampling=dict.fromkeys(Task.protocols, "uniform"),
-    max_new_tokens=dict.fromkeys(Task.protocols, 16),
 )

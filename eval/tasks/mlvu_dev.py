@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..protocols import chosen, lettered, mcq_letter, named_option
+from ..protocols import lettered, option_of_four
 from ._data import (
     Row,
     Source,
@@ -29,7 +29,7 @@ from ._data import (
     without_letters,
 )
 from ._paths import find_file
-from .base import LETTERS, Extracted, Loaded, Prompt, Sample, Task
+from .base import LETTERS, Loaded, Prompt, Sample, Task
 
 PARQUET = Source(("sy1998/MLVU_dev",), ("mlvu",), "video_part_*.zip")
 SOURCE = Source(("MLVU/MVLU",), ("MLVU", "mlvu"), "videos to MLVU/video/<n_task>/")
@@ -140,12 +140,6 @@ def prompt(sample: Sample, protocol: str, seconds: Sequence[float]) -> Prompt:
     return Prompt(f"{asked}\nOnly give the best option.\nBest option: (")
 
 
-def extract(raw: str, sample: Sample, protocol: str, seed: int) -> Extracted:
-    if protocol == "official":
-        return Extracted(named_option(raw, sample.options))
-    return Extracted(chosen(mcq_letter(raw, "ABCD", protocol), len(sample.options)))
-
-
 def headline(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {"m_avg": mean_of_categories(records), "micro_avg": percent(records)}
 
@@ -154,9 +148,7 @@ TASK = Task(
     name="mlvu_dev",
     load=load,
     prompt=prompt,
-    extract=extract,
+    extract=option_of_four,
     headline=headline,
     homepage=SOURCE.homepage,
-    sampling=dict.fromkeys(Task.protocols, "uniform"),
-    max_new_tokens=dict.fromkeys(Task.protocols, 16),
 )

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..protocols import chosen, lettered, mcq_letter, named_option
+from ..protocols import lettered, option_of_four
 from ..subtitles import lines_at, lmms_texts, read_subtitles
 from ._data import (
     Source,
@@ -25,7 +25,7 @@ from ._data import (
     without_letters,
 )
 from ._paths import VIDEO_ENDINGS, find_file
-from .base import Extracted, Loaded, Prompt, Sample, Task
+from .base import Loaded, Prompt, Sample, Task
 
 SOURCE = Source(
     repos=("lmms-lab/Video-MME", "lmms-eval/Video-MME"),
@@ -86,12 +86,6 @@ def prompt(sample: Sample, protocol: str, seconds: Sequence[float], with_subtitl
     return Prompt(f"This video's subtitles are listed below: \n{listed}\n{ask}{asked}\nThe best answer is:")
 
 
-def extract(raw: str, sample: Sample, protocol: str, seed: int) -> Extracted:
-    if protocol == "official":
-        return Extracted(named_option(raw, sample.options))
-    return Extracted(chosen(mcq_letter(raw, "ABCD", protocol), len(sample.options)))
-
-
 def headline(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     durations = split(records, lambda r: r["groups"].get("duration", "?"))
     return {"videomme_perception_score": percent(records), **{k: percent(part) for k, part in durations.items()}}
@@ -101,9 +95,7 @@ TASK = Task(
     name="videomme",
     load=load,
     prompt=prompt,
-    extract=extract,
+    extract=option_of_four,
     headline=headline,
     homepage=SOURCE.homepage,
-    sampling=dict.fromkeys(Task.protocols, "uniform"),
-    max_new_tokens=dict.fromkeys(Task.protocols, 16),
 )
