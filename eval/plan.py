@@ -19,7 +19,6 @@ from .records import SCHEMA, Key
 from .tasks.base import Sample, Task
 
 UNPATCHED = "unpatched"
-DEFAULT_NEW_TOKENS = 16
 _MODEL_FILES = (".safetensors", ".bin", ".json", ".jinja", ".txt", ".model")
 
 
@@ -132,7 +131,7 @@ def plan_task(
     if protocol is not None and protocol not in task.protocols:
         raise ValueError(f"task {task.name}: unknown protocol {protocol!r}; valid: {', '.join(task.protocols)}")
     chosen = protocol if protocol is not None else task.protocols[0]
-    rule = sampling if sampling is not None else task.sampling.get(chosen, "uniform")
+    rule = sampling if sampling is not None else task.sampling[chosen]
     if rule not in SAMPLINGS:
         raise ValueError(f"task {task.name}: unknown sampling {rule!r}; valid: {', '.join(SAMPLINGS)}")
     loaded = task.load(root)
@@ -148,7 +147,7 @@ def plan_task(
         task,
         chosen,
         rule,
-        task.max_new_tokens.get(chosen, DEFAULT_NEW_TOKENS),
+        task.max_new_tokens[chosen],
         tuple(samples),
         loaded.revision,
         loaded.source,

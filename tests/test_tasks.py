@@ -151,7 +151,7 @@ def test_every_layout_gives_readable_videos_and_the_same_questions(tmp_path: Pat
             clip = read_video(
                 sample.video,
                 frames=4,
-                sampling=task.sampling.get(protocol, "uniform"),
+                sampling=task.sampling[protocol],
                 start=sample.start,
                 end=sample.end,
                 source_fps=sample.source_fps,

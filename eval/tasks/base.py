@@ -109,3 +109,8 @@ class Task:
     max_new_tokens: Mapping[str, int] = field(default_factory=dict)
     answer_by: str = "generation"
     prepare: Callable[[Sample], None] | None = None
+
+    def __post_init__(self) -> None:
+        for name, usual in (("sampling", "uniform"), ("max_new_tokens", 16)):
+            given = getattr(self, name)
+            object.__setattr__(self, name, {protocol: given.get(protocol, usual) for protocol in self.protocols})
