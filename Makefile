@@ -61,7 +61,7 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# the embedded model, from nothing: two to three hours of CPU on two cores; a killed run goes on where it was
+# the embedded model, from nothing: an hour or two on two cores; a killed run goes on where it was
 train-tiny: setup
 	$(BIN)/python -m holimerge.eval.tiny.train --work build/tiny
 
