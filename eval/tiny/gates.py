@@ -57,6 +57,7 @@ def received_attention(videos: int = 100) -> dict[str, Any]:
     A patch is on an object if it lies in the token cell that holds an object's centre. 1 is the mean over all patches.
     """
     from holimerge.eval.load import load
+    from holimerge.eval.tasks import synthetic
     from holimerge.video import read_video
 
     from .meaning import labels
@@ -65,10 +66,12 @@ def received_attention(videos: int = 100) -> dict[str, Any]:
     from .world import describe
 
     tower = Tower(load(CHECKPOINT, dtype="float32").model)
+    files = {sample.raw["index"]: sample for sample in synthetic.load(None).samples}
     on, off = [], []
     for index in range(videos):
-        story = story_of("test", index)
-        video = read_video(video_of(index), frames=story.frames)
+        story, sample = story_of("test", index), files[index]
+        synthetic.prepare(sample)
+        video = read_video(sample.video, frames=story.frames)
         with torch.no_grad():
             tower(pixels(torch.from_numpy(video.frames)))
         received, patches = tower.received() * tower.received().shape[-1], on_objects(labels(describe(story)))
@@ -81,17 +84,6 @@ def received_attention(videos: int = 100) -> dict[str, Any]:
         "ratio": round(objects / background, 2),
         "videos": videos,
     }
-
-
-def video_of(index: int) -> Path:
-    """The benchmark's video file, written if it is not there."""
-    from holimerge.eval.tasks.synthetic import TASK, load
-
-    sample = next(s for s in load(None).samples if s.raw["index"] == index)
-    assert TASK.prepare is not None
-    TASK.prepare(sample)
-    assert sample.video is not None
-    return sample.video
 
 
 def gates(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
