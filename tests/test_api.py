@@ -16,7 +16,7 @@ import torch
 import transformers
 from fingerprint import fingerprint, hook_count
 from torch import nn
-from toys import build, llava_config, make_model, make_video, prompt
+from toys import build, make_model, make_video, prompt
 from transformers import GenerationConfig
 
 import holimerge
@@ -190,7 +190,7 @@ def test_what_is_not_patched(model):
 def test_unsupported_models(model):
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 32}
     text_only = transformers.Qwen2Config(**sizes, num_attention_heads=2, num_key_value_heads=1)
-    bare = transformers.LlavaOnevisionModel(llava_config())
+    bare = transformers.LlavaOnevisionModel(make_model("llava_onevision").config)
     for wrong in (transformers.Qwen2ForCausalLM(text_only), nn.Linear(2, 2), bare, model.model, None):
         with pytest.raises(TypeError) as caught:
             patch_model(wrong, "keep-all")

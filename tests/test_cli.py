@@ -20,7 +20,7 @@ from holimerge.eval.cli import app
 from holimerge.eval.doctor import UNTESTED, examine
 from holimerge.eval.load import load, to_model
 from holimerge.eval.run import run_once
-from holimerge.inputs import DEFAULT_TEMPLATES, build_inputs
+from holimerge.inputs import DEFAULT_TEMPLATES, FAMILIES, build_inputs
 from holimerge.video import read_video, synthetic_clip, write_video
 
 pytest.importorskip("av")
@@ -86,7 +86,7 @@ def save_checkpoint(family: str, folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("checkpoints")
-    return {family: str(save_checkpoint(family, folder / family)) for family in toys.FAMILIES}
+    return {family: str(save_checkpoint(family, folder / family)) for family in FAMILIES}
 
 
 @pytest.fixture(scope="module")

@@ -41,7 +41,7 @@ from holimerge.eval.reuse import reusing
 from holimerge.eval.run import patched
 from holimerge.eval.show_eval import EvalProgress, duration_text, show_results
 from holimerge.eval.tasks.base import Extracted, Prompt, Sample, Task
-from holimerge.inputs import build_inputs, collate
+from holimerge.inputs import FAMILIES, build_inputs, collate
 from holimerge.video import read_video
 
 pytest.importorskip("av")
@@ -51,7 +51,7 @@ CONFIGS = ["unpatched", "keep-all", "holimerge-25", "holitom-10"]
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("models")
-    return {family: save_checkpoint(family, folder / family) for family in toys.FAMILIES}
+    return {family: save_checkpoint(family, folder / family) for family in FAMILIES}
 
 
 @pytest.fixture(scope="module")

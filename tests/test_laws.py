@@ -8,12 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from toys import build, make_model, make_video, prompt
+from toys import FAMILIES, TOYS, build, make_model, make_video, prompt
 
 import holimerge
 from holimerge.report import Selection
 
 INNER = {"layer": 2, "retain": 0.5, "merge": "mean"}
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    """Every family there is; other test files look at two."""
+    return request.param
 
 
 def preset(name: str, inner: bool = True, **outer: Any) -> dict[str, Any]:
@@ -171,14 +177,7 @@ def recomputed(
     """Logits of every step from scratch without a cache, with the prefill's choices."""
     steps = []
     for t in range(answer.shape[1]):
-        new = answer[:, :t]
-        y = dict(x)
-        y["input_ids"] = torch.cat([x["input_ids"], new], 1)
-        y["attention_mask"] = torch.cat([x["attention_mask"], torch.ones_like(new)], 1)
-        if "mm_token_type_ids" in x:
-            y["mm_token_type_ids"] = torch.cat([x["mm_token_type_ids"], torch.zeros_like(new).int()], 1)
-        else:
-            y["position_ids"] = (y["attention_mask"].cumsum(1) - 1).clamp_min(0)
+        y = TOYS[family].extended(x, answer[:, :t])
         with handle_of(model).replaying(selection):
             steps.append(logits(model, y, use_cache=False)[:, -1])
     return steps

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from toys import make_model, prompt, qwen_config
+from toys import make_model, prompt
 
 import holimerge
 from holimerge.eval.bench import bench_inputs, bench_model
@@ -224,7 +224,7 @@ def test_gains_are_ratios_of_medians_and_show_a_slowdown() -> None:
 
 
 def test_bench_inputs_fit_their_model() -> None:
-    for config, grid in ((toy_config(quick=True), None), (qwen_config(), (6, 8))):
+    for config, grid in ((toy_config(quick=True), None), (make_model("qwen2_5_vl").config, (6, 8))):
         model = random_model(config)
         inputs = bench_inputs(config, frames=5, text_tokens=11, grid=grid)
         vision = shape_of(config).vision
@@ -245,7 +245,7 @@ def test_bench_inputs_fit_their_model() -> None:
 
 
 def test_bench_of_a_config_folder(tmp_path: Path, family: str) -> None:
-    config = toy_config(quick=True) if family == "llava_onevision" else qwen_config()
+    config = toy_config(quick=True) if family == "llava_onevision" else make_model("qwen2_5_vl").config
     config.save_pretrained(tmp_path)
     found = bench_model(
         shape=str(tmp_path), frames=4, configs=["holimerge-25"], warmup=0, repeats=1, new_tokens=1, device="cpu"
