@@ -191,15 +191,16 @@ def _tokens_of_rows(
     family = family_module(inner.config.model_type).FAMILY
     found = []
     for i, row in enumerate(rows):
-        ((t, h, w),) = family.grids(family.core(inner), dict(row))
-        tokens: dict[str, int | None] = {"features": t * h * w, "entering": t * h * w, "after_inner": None}
+        (grid,) = family.grids(family.core(inner), dict(row))
+        separators = family.separators(family.core(inner), grid)
+        tokens: dict[str, int | None] = {"features": grid.total, "entering": grid.total, "after_inner": None}
         clusters: tuple[int, ...] = ()
         if handle is not None:
             video = handle.report.videos[i]
             tokens |= {"entering": video.entering, "after_inner": video.after_inner}
             clusters = video.record.clustered
-        tokens["text"] = int(row["input_ids"].shape[1]) - t * h * w - family.separators
-        tokens["separators"] = family.separators
+        tokens["text"] = int(row["input_ids"].shape[1]) - grid.total - separators
+        tokens["separators"] = separators
         found.append((tokens, clusters))
     return found
 

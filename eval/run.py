@@ -167,7 +167,8 @@ def _tell(
         inner = _inner_model(model)
         family = family_module(inner.config.model_type).FAMILY
         grids = family.grids(family.core(inner), dict(inputs)) if "pixel_values_videos" in inputs else []
-        features, separators = sum(t * h * w for t, h, w in grids), family.separators * len(grids)
+        features = sum(grid.total for grid in grids)
+        separators = sum(family.separators(family.core(inner), grid) for grid in grids)
         tokens = {"features": features, "entering": features, "after_inner": None}
         clusters = ()
     tokens |= {"separators": separators, "text": length - features - separators}

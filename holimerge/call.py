@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import inspect
 from contextvars import ContextVar, Token
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from transformers import Cache
 
+from .placement import Placement
 from .report import Report
-from .tokens import MergeRecord
 
 if TYPE_CHECKING:
     from .handle import Handle
@@ -20,11 +21,52 @@ if TYPE_CHECKING:
 
 
 @dataclass
+class Source:
+    """The videos of one forward that one kind of placeholder stands for.
+
+    mask: [B, L] bool, their placeholders, separators included.
+    placements: one per video, in the order of the placeholders; None in a chunk of a prompt, whose videos only their
+        features still tell.
+    """
+
+    mask: Tensor
+    placements: list[Placement] | None
+
+    def by_row(self) -> list[list[int]]:
+        """Which videos each row holds, from the number of its placeholders (asks the device)."""
+        assert self.placements is not None
+        return videos_by_row(self.mask, [p.placeholders for p in self.placements])
+
+    def columns(self) -> list[tuple[int, Tensor]]:
+        """Each video's row and the columns of its placeholders (asks the device)."""
+        assert self.placements is not None
+        found = []
+        for row, videos in enumerate(self.by_row()):
+            here = self.mask[row].nonzero().squeeze(1)
+            lengths = [self.placements[v].placeholders for v in videos]
+            found += [(row, part) for part in here.split(lengths)]
+        return found
+
+
+def videos_by_row(mask: Tensor, lengths: list[int]) -> list[list[int]]:
+    """Which of the videos of `lengths` placeholders each row of a mask [B, L] holds."""
+    rows, video = [], 0
+    for wanted in mask.sum(1).tolist():
+        row: list[int] = []
+        while wanted > 0 and video < len(lengths):
+            wanted -= lengths[video]
+            row.append(video)
+            video += 1
+        rows.append(row)
+    return rows
+
+
+@dataclass
 class Call:
     """One forward of one patched model, from its first hook to its last.
 
     opener: the module whose hook opened it and will close it.
-    reductions: one record per video, in the order of the placeholders; None in a chunk of a prompt.
+    sources: where the prompt's videos stand, by kind of placeholder ("video", "image").
     dropping: whether some token of the prompt's videos was dropped or merged away.
     reached: how far it came, "core" or "language model". A second arrival there means that the call was broken off by
         something torch's hooks do not see (Ctrl-C) and was never closed.
@@ -35,18 +77,29 @@ class Call:
     token: Token[Call | None] | None = None
     labels: Tensor | None = None
     has_video: bool = False
-    video_mask: Tensor | None = None
     input_ids: Tensor | None = None
     inputs_embeds: Tensor | None = None
     attention_mask: Tensor | None = None
     cache: Cache | None = None
-    reductions: list[MergeRecord] | None = None
+    sources: dict[str, Source] = field(default_factory=dict)
     report: Report | None = None
     dropping: bool = False
     reached: str = ""
     packing: Packing | None = None
     continuation: Continuation | None = None
     inner: InnerRun | None = None
+
+    @property
+    def video_mask(self) -> Tensor:
+        """[B, L] bool: the placeholders of all videos."""
+        masks = [source.mask for source in self.sources.values()]
+        return masks[0] if len(masks) == 1 else torch.stack(masks).any(0)
+
+    @property
+    def placements(self) -> list[Placement] | None:
+        """One per video, of one source after the other; None in a chunk of a prompt."""
+        parts = [source.placements for source in self.sources.values()]
+        return None if None in parts else [p for part in parts if part is not None for p in part]
 
     @property
     def seen(self) -> int:
@@ -59,7 +112,7 @@ class Prompt:
     """The arguments of a running `generate`, for videos that are encoded before the first forward.
 
     chunked: whether the prompt will be prefilled in chunks.
-    report: of the videos that were encoded for it.
+    report, placements: of the videos that were encoded for it.
     dropping: whether some token of its videos was dropped or merged away.
     """
 
@@ -71,6 +124,7 @@ class Prompt:
     chunked: bool = False
     dropping: bool = False
     report: Report | None = None
+    placements: list[Placement] = field(default_factory=list)
 
 
 CALL: ContextVar[Call | None] = ContextVar("holimerge_call", default=None)

@@ -134,6 +134,7 @@ class Config(Section):
     outer: the method's options (None for a method that has none).
     inner: None for no merging inside the LLM.
     chunk_frames: temporal steps per call of the vision tower, for long videos; None for one call.
+    treat_images_as_video: the images of a prompt (two or more, of one size) are the frames of a video.
     """
 
     method: str
@@ -141,6 +142,7 @@ class Config(Section):
     outer: SerializeAsAny[OuterOptions] | None = None
     inner: Inner | None = None
     chunk_frames: int | None = Field(None, ge=1)
+    treat_images_as_video: bool = False
 
     @field_validator("method")
     @classmethod

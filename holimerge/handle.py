@@ -3,7 +3,8 @@
     model.generate        (instance attribute)  refuses what cannot be right before any work; remembers the prompt
     model                 pre/post hook         opens and closes the call, reads labels
     core                  pre/post hook         finds the video placeholders, checks where features come from
-    core.get_video_features (instance attribute) encodes, reduces, marks dropped rows
+    core.get_video_features (instance attribute) encodes, reduces, marks dropped rows (get_image_features too, where
+                                          images are treated as video)
     language_model        pre/post hook         takes dropped rows out of the sequence, puts outputs back in place
     layers[k-1].self_attn post hook             attention of the query to the video tokens
     layers[k..]           pre hook              merge at k; masks and rotary tables for the shorter sequence
@@ -17,7 +18,7 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -29,7 +30,7 @@ from transformers import DynamicCache
 
 from .cache import cache_state
 from .call import CALL, PROMPT, Call, Prompt, by_name
-from .config import Config
+from .config import Config, ConfigError
 from .inner_stage import InnerStage
 from .outer_stage import OuterStage, ReducedVideo
 from .registry import method_module
@@ -73,11 +74,25 @@ class Handle:
         self._latest: Report | None = None  # for a thread that only watches, as a streamer's reader does
         self._attributes: list[tuple[nn.Module, str, Any]] = []
         self.outer = OuterStage(self)
+        positions = config.outer.positions if config.outer is not None else "auto"
+        self.contiguous = positions == "contiguous" or (positions == "auto" and not family.mrope)
+        self._refuse_what_the_family_cannot()
         self.inner: InnerStage | None = None
         if config.inner is not None:
             self.inner = InnerStage(self, config.inner)
-        positions = config.outer.positions if config.outer is not None else "auto"
-        self.contiguous = positions == "contiguous" or (positions == "auto" and not family.mrope)
+
+    def _refuse_what_the_family_cannot(self) -> None:
+        family, config = self.family, self.config
+        name = getattr(self.model.config, "model_type", type(self.model).__name__)
+        if config.treat_images_as_video and family.no_images:
+            raise ConfigError(f"treat_images_as_video: {name}: {family.no_images}")
+        if not family.video_input and self.method.reduce is not None and not config.treat_images_as_video:
+            raise ConfigError(
+                f"treat_images_as_video: {name} takes the frames of a video as images and cannot tell them from other "
+                "images; set it to true for prompts whose images are the frames of a video"
+            )
+        if self.contiguous and family.no_contiguous:
+            raise ConfigError(f"outer.positions: {name}: {family.no_contiguous}")
 
     # ------------------------------------------------------------------ attach and detach
 
@@ -85,7 +100,8 @@ class Handle:
         """Set the hooks; on an error nothing stays behind."""
         try:
             self._replace(self.model, "generate", self._generate)
-            self._replace(self.core, "get_video_features", self.outer.video_features)
+            for kind, name in self.outer.functions().items():
+                self._replace(self.core, name, functools.partial(self.outer.features, kind))
             self._pre(self.model, self._open)
             self._post(self.model, self._close)
             self._pre(self.core, self._enter_core)
@@ -239,40 +255,41 @@ class Handle:
         self._find_video(call, by_name(module, args, kwargs))
 
     def _find_video(self, call: Call, given: dict[str, Any]) -> None:
-        encoded = (given.get("mm_encoder_outputs") or {}).get("video")
-        pixels = given.get("pixel_values_videos")
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         call.cache = given.get("past_key_values")
-        if encoded is None and pixels is None:
-            if (
-                ids is not None
-                and ids.shape[1] > 1
-                and call.seen == 0
-                and bool(self.family.video_mask(self.core, ids, None).any())
-            ):
-                raise RuntimeError(
-                    "the prompt has video placeholders but no video: a patched model reduces pixel_values_videos itself"
-                )
-            return
-        if encoded is not None and not isinstance(encoded, ReducedVideo):
-            raise RuntimeError(
-                "the video's features were computed by the caller (mm_encoder_outputs), so they were not reduced; "
-                "pass pixel_values_videos instead, or unpatch the model"
-            )
-        call.has_video = True
         call.input_ids, call.inputs_embeds = ids, embeds
         call.attention_mask = given.get("attention_mask")
-        call.video_mask = self.family.video_mask(self.core, ids, embeds)
-        if encoded is not None:
-            call.report = getattr(encoded, "report", None)
-            records = getattr(encoded, "reductions", None)
-            features: Any = encoded.pooler_output
-            if records is not None:
-                call.reductions = self.outer.expanded(call, records, len(features))
-                call.dropping = any(r.kept < r.total for r in records)
-            else:
-                prompt = PROMPT.get()
-                if prompt is not None:
+        prompt = PROMPT.get()
+        for kind in self.outer.functions():
+            name = "pixel_values_videos" if kind == "video" else "pixel_values"
+            pixels, outputs = given.get(name), given.get("mm_encoder_outputs")
+            encoded = outputs.get(kind) if isinstance(outputs, Mapping) else outputs
+            if encoded is None and pixels is None:
+                if (
+                    kind == "video"
+                    and ids is not None
+                    and ids.shape[1] > 1
+                    and call.seen == 0
+                    and bool(self.family.placeholders(self.core, kind, ids, None).any())
+                ):
+                    raise RuntimeError(
+                        f"the prompt has video placeholders but no video: a patched model reduces {name} itself"
+                    )
+                continue
+            if encoded is not None and not isinstance(encoded, ReducedVideo):
+                raise RuntimeError(
+                    f"the {kind}'s features were computed by the caller (mm_encoder_outputs), so they were not "
+                    f"reduced; pass {name} instead, or unpatch the model"
+                )
+            self.family.check(given)
+            call.has_video = True
+            if encoded is not None:
+                call.sources[kind] = self.outer.source(kind, encoded, call)
+                call.report = getattr(encoded, "report", None)
+                placements = call.sources[kind].placements
+                if placements is not None:
+                    call.dropping = call.dropping or any(p.record.kept < p.record.total for p in placements)
+                elif prompt is not None:
                     call.dropping, call.report = prompt.dropping, prompt.report
 
     def _leave_core(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
@@ -282,10 +299,10 @@ class Handle:
                 return output
             # rows of dropped tokens
             if isinstance(output, tuple):
-                rows = [isinstance(x, Tensor) and x.ndim == 2 and x.is_floating_point() for x in output]
-                return tuple(x.nan_to_num(nan=0.0) if row else x for x, row in zip(output, rows, strict=True))
-            if getattr(output, "video_hidden_states", None) is not None:
-                output.video_hidden_states = output.video_hidden_states.nan_to_num(nan=0.0)
+                return tuple(_without_nan(x) if _are_features(x) else x for x in output)
+            for name in ("video_hidden_states", "image_hidden_states"):
+                if getattr(output, name, None) is not None:
+                    setattr(output, name, _without_nan(getattr(output, name)))
             return output
         finally:
             self._close(module, args, kwargs, output)
@@ -297,11 +314,12 @@ class Handle:
         if call is None:
             return None
         cache, embeds = kwargs.get("past_key_values"), kwargs.get("inputs_embeds")
-        foreign = embeds is None or (call.video_mask is not None and call.video_mask.shape != embeds.shape[:2])
+        foreign = embeds is None or any(source.mask.shape != embeds.shape[:2] for source in call.sources.values())
         if call.reached != "core" or foreign:  # called directly, after a call that was broken off
             CALL.set(None)
             return None
         call.reached = "language model"
+        call.has_video = call.has_video and any(s.placements != [] for s in call.sources.values())
         if not call.has_video:
             if cache is None or ((embeds.shape[1] > 1 or not cache.is_compileable) and call.seen == 0):
                 self._reported(Report())
@@ -344,9 +362,10 @@ class Handle:
         if call.packing is not None:
             unpack(call, output)
         self._reported(call.report)
-        if call.reductions is not None:
+        placements = call.placements
+        if placements is not None:
             owners = None if call.inner is None else call.inner.owners
-            _LAST.selections[self] = Selection(list(call.reductions), owners)
+            _LAST.selections[self] = Selection([p.record for p in placements], owners)
             if owners is not None:
                 self._report_inner(call, owners)
 
@@ -365,16 +384,41 @@ class Handle:
 
     def _report_inner(self, call: Call, owners: list[Tensor]) -> None:
         """Tell each video's report which of its tokens the inner merge kept."""
-        assert call.video_mask is not None
-        assert call.reductions is not None
         assert call.report is not None
         of_record = {id(video.record): video for video in call.report.videos}
-        for row, owner in zip(
-            self.outer.videos_by_row(call.video_mask, [r.total for r in call.reductions]), owners, strict=True
-        ):
-            kept = owner == torch.arange(owner.shape[0], device=owner.device)
-            for video, flags in zip(row, kept.split([call.reductions[v].kept for v in row]), strict=True):
-                of_record[id(call.reductions[video])].inner_kept = flags
+        if len(call.sources) == 1:
+            (source,) = call.sources.values()
+            placements = source.placements
+            assert placements is not None
+            for row, owner in zip(source.by_row(), owners, strict=True):
+                kept = owner == torch.arange(owner.shape[0], device=owner.device)
+                for v, flags in zip(row, kept.split([placements[v].record.kept for v in row]), strict=True):
+                    of_record[id(placements[v].record)].inner_kept = flags
+            return
+        # videos and images as videos may alternate in a row: every placeholder is asked whose it is
+        assert call.packing is not None
+        for source in call.sources.values():
+            assert source.placements is not None
+            for placement, (at, columns) in zip(source.placements, source.columns(), strict=True):
+                entering = call.packing.index[at][call.packing.video[at]]
+                mine = torch.isin(entering, columns.to(entering.device))
+                kept = owners[at] == torch.arange(owners[at].shape[0], device=owners[at].device)
+                of_record[id(placement.record)].inner_kept = kept[mine.to(kept.device)]
+
+
+def _are_features(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.ndim == 2 and x.is_floating_point()
+
+
+def _without_nan(features: Any) -> Any:
+    """Features in any container, zero where a token was dropped."""
+    if isinstance(features, Tensor):
+        return features.nan_to_num(nan=0.0)
+    if isinstance(features, (list, tuple)):
+        return type(features)(_without_nan(x) for x in features)
+    if isinstance(features, ReducedVideo):
+        return ReducedVideo(pooler_output=_without_nan(features.pooler_output))
+    return features
 
 
 def _uses_cache(module: Any, kwargs: dict[str, Any]) -> bool:

@@ -31,6 +31,7 @@ class InnerRun:
     scores: [B, P] float32, filled at layer k - 1.
     index, real: [B, P'] columns of the packing that go on above layer k (None: all).
     owners: per row, the owner of each entering video token.
+    arguments: what layers from k on get in place of the language model's; linear_mask: their mask if they are linear.
     """
 
     query: Tensor
@@ -46,6 +47,7 @@ class InnerRun:
     padded: bool = False
     owners: list[Tensor] = field(default_factory=list)
     arguments: dict[str, Any] = field(default_factory=dict)
+    linear_mask: Tensor | None = None
 
     def state_after(self, state: CacheState) -> CacheState:
         """The cache's state with the shorter upper layers in it."""
@@ -63,13 +65,24 @@ class InnerStage:
         config: Any = handle.lm.config
         self.layers: Any = handle.lm.layers
         self.layer = options.resolve(len(self.layers))
-        types = getattr(config, "layer_types", None) or []
-        wrong = sorted({t for t in types[self.layer - 1 :] if t != "full_attention"})
-        if wrong:
+        deepstack = handle.family.deepstack(handle.core)
+        if self.layer < deepstack:
             raise ConfigError(
-                f"inner.layer: layers {self.layer - 1} and above of this model use {', '.join(wrong)}; "
-                "the inner merge needs full attention there"
+                f"inner.layer: {self.layer} is too low: this model adds features of its vision tower after each of the "
+                f"layers 0 to {deepstack - 1}; valid: {deepstack} to {len(self.layers) - 1}"
             )
+        self.types = list(getattr(config, "layer_types", None) or ["full_attention"] * len(self.layers))
+        others = sorted(set(self.types[self.layer :]) - {"full_attention", "linear_attention"})
+        full = [i for i, kind in enumerate(self.types) if kind == "full_attention"]
+        if others or self.types[self.layer - 1] != "full_attention":
+            good = [i + 1 for i in full if i + 1 < len(self.types)]
+            raise ConfigError(
+                f"inner.layer: {self.layer} needs full attention in layer {self.layer - 1}, whose scores rank the "
+                f"tokens, and no window after it; this model's layers are {', '.join(sorted(set(self.types)))}"
+                + (f"; valid: {', '.join(map(str, good))}" if good and not others else "")
+            )
+        # where the shorter cache's length can be read: linear layers keep no tokens
+        self.measured = next((i for i in full if i >= self.layer), self.layer)
         if (getattr(handle.model, "_tp_size", None) or 1) > 1:
             raise ConfigError(
                 "inner: the model runs tensor-parallel, where each rank sees its own heads and would choose other "
@@ -98,7 +111,7 @@ class InnerStage:
             query = self._before_answer(call, call.labels.to(packing.real.device))
         cache = packing.cache
         state = cache_state(cache)
-        held = held_length(cache, self.layer)
+        held = held_length(cache, self.measured)
         prior, padded = packing.prior, packing.prior_padded
         if state is not None and state.inner_mask is not None:
             prior, padded = extended(state.inner_mask, held), state.inner_padded
@@ -136,8 +149,8 @@ class InnerStage:
         query, real = run.query.to(hidden.device), packing.real.to(hidden.device)
         cos, sin = (_for_rows(x, batch) for x in kwargs["position_embeddings"])
         here = query[:, None]
-        at_query = hidden.gather(1, here[..., None].expand(-1, -1, depth)).squeeze(1)
-        q = self.handle.family.query(attention, at_query, *(_take(x, here).squeeze(-2) for x in (cos, sin)))
+        at_query = hidden.gather(1, here[..., None].expand(-1, -1, depth))
+        q = self.handle.family.query(attention, at_query, *(_take(x, here) for x in (cos, sin))).squeeze(2)
         cache = packing.cache
         held = held_length(cache, self.layer - 1) - width if cache is not None else 0
         store: Any = cache.layers[self.layer - 1] if cache is not None else None
@@ -168,7 +181,10 @@ class InnerStage:
                 with call.report.clock.stage("inner", hidden.device), torch.no_grad(), off:
                     owners = self._owners(call, hidden)
                 hidden = self._merge(call, hidden, owners, kwargs)
-            return (hidden, *args[1:]), {**kwargs, **_on(call.inner.arguments, hidden.device)}
+            arguments = call.inner.arguments
+            if arguments and self._linear(layer):
+                arguments = {**arguments, "attention_mask": call.inner.linear_mask}
+            return (hidden, *args[1:]), {**kwargs, **_on(arguments, hidden.device)}
         step = call.continuation
         if step is None or step.state.inner_layer is None:
             return None
@@ -180,12 +196,17 @@ class InnerStage:
                 cache = kwargs["past_key_values"]
                 inner_mask = step.state.inner_mask
                 assert inner_mask is not None
-                held = held_length(cache, self.layer)
+                held = held_length(cache, self.measured)
                 flat = continued_mask(inner_mask.to(hidden.device), step.new, held, step.length)
                 plain = not step.state.inner_padded and step.new is None
                 mask = self._causal(hidden, None if plain else flat, cache)
             step.arguments = {"attention_mask": mask, "position_ids": None} if needed else {}
+        if self._linear(layer):  # its mask is about the new tokens alone
+            return None
         return args, {**kwargs, **_on(step.arguments, hidden.device)}
+
+    def _linear(self, layer: nn.Module) -> bool:
+        return self.types[next(i for i, x in enumerate(self.layers) if x is layer)] == "linear_attention"
 
     # ------------------------------------------------------------------ the merge
 
@@ -257,6 +278,7 @@ class InnerStage:
             hidden = hidden.gather(1, run.index[..., None].expand(-1, -1, depth))
             cos, sin = (_take(_for_rows(x, batch), run.index) for x in kwargs["position_embeddings"])
             flat = joined(run.prior, run.real, run.held) if run.padded else None
+            run.linear_mask = run.real.long() if min(lengths) < width else None
             run.arguments = {
                 "position_embeddings": (cos, sin),
                 "attention_mask": self._causal(hidden, flat, run.cache),
@@ -270,7 +292,7 @@ class InnerStage:
             inputs_embeds=hidden,
             attention_mask=mask,
             past_key_values=cache,
-            layer_idx=self.layer,
+            layer_idx=self.measured,
         )
 
 

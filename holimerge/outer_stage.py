@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,20 +14,27 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .allocation import largest_remainder
-from .call import CALL, PROMPT, Call, Prompt
+from .call import CALL, PROMPT, Call, Prompt, Source, videos_by_row
 from .config import ConfigError
 from .cost import largest_budget
+from .placement import FrameImages, Placement, frames_among_images
 from .report import Report, VideoReport
 from .shapes import shape_of
 from .tokens import MergeRecord, Target, keep_everything
 
 if TYPE_CHECKING:
     from .handle import Handle
+    from .patches.base import Encoded, Grid
+
+
+_INSIDE: ContextVar[bool] = ContextVar("holimerge_inside_encoding", default=False)
 
 
 @dataclass
 class ReducedVideo(BaseModelOutputWithPooling):
-    """What `get_video_features` returns inside a patched model's own calls; its type says where it comes from."""
+    """What the encoding functions return inside a patched model's own calls; its type says where it comes from."""
+
+    deepstack_features: list[Any] | None = None
 
 
 class OuterStage:
@@ -35,29 +43,20 @@ class OuterStage:
     def __init__(self, handle: Handle) -> None:
         self.handle = handle
 
-    def expanded(self, call: Call, records: list[MergeRecord], count: int) -> list[MergeRecord]:
-        """Records in the order of the rows' videos, after `generate` repeated each row's videos for its beams."""
-        times = count // len(records)
-        if times == 1:
-            return records
-        assert call.video_mask is not None
-        rows = self.videos_by_row(call.video_mask[::times], [r.total for r in records])
-        return [records[v] for row in rows for _ in range(times) for v in row]
-
-    def videos_by_row(self, mask: Tensor, lengths: list[int]) -> list[list[int]]:
-        """Which videos each row holds, from the number of its placeholders and of the videos' tokens."""
-        rows, video = [], 0
-        for wanted in mask.sum(1).tolist():
-            row: list[int] = []
-            while wanted > 0 and video < len(lengths):
-                wanted -= lengths[video] + self.handle.family.separators
-                row.append(video)
-                video += 1
-            rows.append(row)
-        return rows
+    def functions(self) -> dict[str, str]:
+        """Kind of placeholder -> the core's function that encodes what it stands for."""
+        found = {}  # in the order in which models encode them
+        if self.handle.config.treat_images_as_video:
+            found["image"] = "get_image_features"
+        if self.handle.family.video_input:
+            found["video"] = "get_video_features"
+        return found
 
     @torch.compiler.disable  # hooks that come and go with a call cannot be traced
-    def video_features(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def features(self, kind: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """In place of the core's function: encode, reduce, mark dropped rows."""
+        if _INSIDE.get():  # some families encode videos by their function for images
+            return original(*args, **kwargs)
         call, prompt = self.handle.current(), PROMPT.get()
         generating = prompt is not None and prompt.handle is self.handle
         if call is not None and not generating and not _inside_a_forward():
@@ -65,115 +64,188 @@ class OuterStage:
             call = None
         if call is None and not generating:
             return original(*args, **kwargs)  # the user's own call
+        source = call if call is not None else prompt
+        assert source is not None
         bound = inspect.signature(original).bind_partial(*args, **kwargs)
         arguments = dict(bound.arguments)
         arguments.update(arguments.pop("kwargs", {}))
-        grids = self.handle.family.grids(self.handle.core, arguments)
-        report = Report(inner_layer=None if self.handle.inner is None else self.handle.inner.layer)
-        if self.handle.method.reduce is None:
-            output, records = self._stock(original, arguments, grids, report)
+        token = _INSIDE.set(True)
+        try:
+            return self._features(kind, original, arguments, source)
+        finally:
+            _INSIDE.reset(token)
+
+    def _features(
+        self, kind: str, original: Callable[..., Any], arguments: dict[str, Any], source: Call | Prompt
+    ) -> ReducedVideo:
+        handle = self.handle
+        family, core = handle.family, handle.core
+        grids: list[Grid] = family.grids(core, arguments)
+        frames = None
+        videos = [[i] for i in range(len(grids))]  # which grids are the frames of each video
+        if kind == "image":
+            frames = self._images(source, grids)
+            videos = frames.videos
+        report = source.report = source.report or Report(
+            inner_layer=None if handle.inner is None else handle.inner.layer
+        )
+        whole = [grids[video[0]]._replace(frames=sum(grids[i].frames for i in video)) for video in videos]
+        if handle.method.reduce is None:
+            output, records = self._stock(original, arguments, whole, report)
         else:
-            targets = self._targets(grids, call, prompt)
-            output, records = self._reduced(original, arguments, grids, targets, report)
-        report.videos = [
-            VideoReport(record, (rows, columns), self.handle.family.separators)
-            for record, (_, rows, columns) in zip(records, grids, strict=True)
+            targets = self._targets(kind, whole, source, frames)
+            earlier = len(source.placements or [])
+            output, records = self._reduced(original, arguments, videos, targets, report, earlier)
+        device = _device(arguments)
+        layouts = [family.layout(core, grid) for grid in whole]
+        placements = [
+            Placement(record, None if layout is None else layout.to(device))
+            for record, layout in zip(records, layouts, strict=True)
         ]
-        output.reductions, output.report = records, report
-        dropping = any(r.kept < r.total for r in records)
-        if call is not None:
-            call.reductions, call.report, call.dropping = records, report, dropping
-        elif prompt is not None:
-            prompt.dropping, prompt.report = dropping, report
-            if prompt.chunked and dropping:
-                self._check_finite(output, records)
+        report.videos += [
+            VideoReport(placement, (grid.rows, grid.columns)) for placement, grid in zip(placements, whole, strict=True)
+        ]
+        output.placements, output.report, output.frames = placements, report, frames
+        output.count = len(output.pooler_output)
+        source.dropping = source.dropping or any(r.kept < r.total for r in records)
+        if isinstance(source, Call):
+            source.sources[kind] = self.source(kind, output, source)
+            return output
+        source.placements += placements
+        if source.chunked and source.dropping:
+            self._check_finite(output)
         return output
 
-    def _check_finite(self, output: ReducedVideo, records: list[MergeRecord]) -> None:
+    def source(self, kind: str, output: Any, call: Call) -> Source:
+        """Where the videos of encoded features stand in a forward, also after `generate` repeated rows for beams."""
+        mask = self.handle.family.placeholders(self.handle.core, kind, call.input_ids, call.inputs_embeds)
+        placements: list[Placement] | None = getattr(output, "placements", None)
+        if placements is None:  # a chunk of a prompt
+            return Source(mask, None)
+        times = len(output.pooler_output) // output.count
+        if output.frames is not None:
+            inside = [row for row in output.frames.inside for _ in range(times)]
+            mask = FrameImages([], inside).within(mask)
+        if times > 1:
+            rows = Source(mask[::times], placements).by_row()
+            placements = [placements[v] for row in rows for _ in range(times) for v in row]
+        return Source(mask, placements)
+
+    def _images(self, source: Call | Prompt, grids: list[Grid]) -> FrameImages:
+        mask = self.handle.family.placeholders(self.handle.core, "image", source.input_ids, source.inputs_embeds)
+        if isinstance(source, Prompt) and mask.shape[1] > source.seen:
+            mask = mask[:, source.seen :]
+        return frames_among_images(mask, grids)
+
+    def _check_finite(self, output: Any) -> None:
         """In a chunked prefill only NaN tells dropped tokens from kept ones, so a kept token must not hold it."""
-        features: Any = output.pooler_output
-        for video, record in zip(features, records, strict=True):
-            if not bool(torch.isfinite(video[record.slots]).all()):
+        for kept in output.kept:
+            if not bool(torch.isfinite(kept).all()):
                 raise ValueError("the projector's output holds values that are not finite (NaN or infinity)")
 
     def _stock(
-        self, original: Callable[..., Any], arguments: dict[str, Any], grids: list[tuple[int, int, int]], report: Report
-    ) -> tuple[ReducedVideo, list[MergeRecord]]:
+        self, original: Callable[..., Any], arguments: dict[str, Any], grids: list[Grid], report: Report
+    ) -> tuple[Any, list[MergeRecord]]:
         device = _device(arguments)
         with report.clock.stage("vision", device):
             stock = original(**{**arguments, "return_dict": True})
-        output = ReducedVideo(pooler_output=stock.pooler_output)
-        return output, [keep_everything(t, h * w, device) for t, h, w in grids]
+        output = ReducedVideo(
+            pooler_output=stock.pooler_output, deepstack_features=getattr(stock, "deepstack_features", None)
+        )
+        return output, [keep_everything(grid.frames, grid.rows * grid.columns, device) for grid in grids]
 
     def _reduced(
         self,
         original: Callable[..., Any],
         arguments: dict[str, Any],
-        grids: list[tuple[int, int, int]],
+        videos: list[list[int]],
         targets: list[Target],
         report: Report,
-    ) -> tuple[ReducedVideo, list[MergeRecord]]:
-        outer = self.handle.config.outer
+        earlier: int,
+    ) -> tuple[Any, list[MergeRecord]]:
+        """Encode and reduce. videos: which grids make up each; earlier: videos of this prompt reduced before."""
+        family, core, outer = self.handle.family, self.handle.core, self.handle.config.outer
+        reduce = self.handle.method.reduce
         assert outer is not None
-        assert self.handle.method.reduce is not None
+        assert reduce is not None
         device = _device(arguments)
         with report.clock.stage("vision", device):
-            encoded = self.handle.family.encode(
-                self.handle.core,
+            parts: list[Encoded] = family.encode(
+                core,
                 original,
                 arguments,
                 at=outer.at,
                 scored=self.handle.method.needs_scores,
                 chunk=self.handle.config.chunk_frames,
             )
+        encoded = [parts[video[0]].joined([parts[i] for i in video[1:]]) for video in videos]
         replay = self.handle.replay
-        records = []
-        if replay is not None and len(replay.outer) != len(encoded):
-            raise ValueError(f"the replayed selection has {len(replay.outer)} videos, the prompt {len(encoded)}")
+        records: list[MergeRecord] = []
+        if replay is not None and len(replay.outer) < earlier + len(encoded):
+            raise ValueError(
+                f"the replayed selection has {len(replay.outer)} videos, the prompt {earlier + len(encoded)}"
+            )
         # decisions are taken in float32 also under autocast
         with report.clock.stage("reduce", device), torch.no_grad(), torch.autocast(device.type, enabled=False):
             for i, (video, target) in enumerate(zip(encoded, targets, strict=True)):
-                record = self.handle.method.reduce(video.tokens, target, outer) if replay is None else replay.outer[i]
-                records.append(record.to(video.tokens.features.device))
-        features = []
+                record = reduce(video.tokens, target, outer) if replay is None else replay.outer[earlier + i]
+                record = record.to(video.tokens.features.device)
+                records.append(record.by_frame() if family.framed or len(videos[i]) > 1 else record)
+        levels: list[list[Tensor]] = [[] for _ in range(1 + family.deepstack(core))]  # [level][grid] of [T N, D]
+        kept_features = []
+        of_grid: dict[int, list[Tensor]] = {}
         with report.clock.stage("project", device):
-            for video, record in zip(encoded, records, strict=True):
-                if record.kept == record.total:
-                    features.append(video.everything())
-                    continue
-                kept = video.merged(record)
-                marked = kept.new_full((record.total, kept.shape[-1]), torch.nan)
-                features.append(marked.index_copy(0, record.slots, kept))
-            pooled = self.handle.family.assemble(self.handle.core, features)
-        return ReducedVideo(pooler_output=pooled), records
+            for video, grids, record in zip(encoded, videos, records, strict=True):
+                whole = record.kept == record.total
+                kept = [level.whole() if whole else level.merged(record) for level in video.levels]
+                kept_features.append(kept[0])
+                marked = kept if whole else [_marked(x, record) for x in kept]
+                for i, pieces in zip(grids, zip(*(x.chunk(len(grids)) for x in marked), strict=True), strict=True):
+                    of_grid[i] = list(pieces)
+            for i, part in enumerate(parts):
+                features = of_grid.get(i) or [level.whole() for level in part.levels]
+                for level, x in zip(levels, features, strict=True):
+                    level.append(x)
+            pooled = family.assemble(core, arguments, levels[0])
+        output: Any = ReducedVideo(pooler_output=pooled, deepstack_features=levels[1:] or None)
+        output.kept = kept_features
+        return output, records
 
-    def _targets(self, grids: list[tuple[int, int, int]], call: Call | None, prompt: Prompt | None) -> list[Target]:
-        budget = self.handle.config.budget
+    def _others(self, kind: str, source: Call | Prompt) -> Tensor:
+        other = "video" if kind == "image" else "image"
+        return self.handle.family.placeholders(self.handle.core, other, source.input_ids, source.inputs_embeds)
+
+    def _targets(self, kind: str, grids: list[Grid], source: Call | Prompt, inside: FrameImages | None) -> list[Target]:
+        handle = self.handle
+        budget = handle.config.budget
         assert budget is not None
-        totals = [t * h * w for t, h, w in grids]
+        totals = [grid.total for grid in grids]
         if budget.flops is None:
             return [
                 Target(budget.keep(n), budget.retain if budget.retain is not None else budget.keep(n) / n, budget.exact)
                 for n in totals
             ]
-        source = call if call is not None else prompt
-        assert source is not None
-        mask = self.handle.family.video_mask(self.handle.core, source.input_ids, source.inputs_embeds)
+        mask = handle.family.placeholders(handle.core, kind, source.input_ids, source.inputs_embeds)
+        if inside is not None:
+            mask = inside.within(mask)
+        if len(self.functions()) > 1 and bool(self._others(kind, source).any()):
+            raise ConfigError("budget.flops: cannot be solved for a prompt of videos and images as videos; use retain")
         valid = source.attention_mask if source.attention_mask is not None else torch.ones_like(mask)
         valid = valid[:, -mask.shape[1] :]
         if isinstance(source, Prompt) and mask.shape[1] > source.seen:
             # `generate` was given the whole conversation and will look at what the cache has not seen
             mask, valid = mask[:, source.seen :], valid[:, source.seen :]
-        if int(mask.sum()) != sum(totals) + len(totals) * self.handle.family.separators:
+        layouts = [handle.family.layout(handle.core, grid) for grid in grids]
+        lengths = [n if layout is None else len(layout) for n, layout in zip(totals, layouts, strict=True)]
+        if int(mask.sum()) != sum(lengths):
             raise ValueError(
-                f"the prompt has {int(mask.sum())} video placeholders, its videos make "
-                f"{sum(totals) + len(totals) * self.handle.family.separators} tokens"
+                f"the prompt has {int(mask.sum())} {kind} placeholders, its videos make {sum(lengths)} tokens"
             )
-        text = shape_of(self.handle.model.config).text
-        layer = None if self.handle.inner is None else self.handle.inner.layer
-        retain = None if self.handle.config.inner is None else self.handle.config.inner.retain
+        text = shape_of(handle.model.config).text
+        layer = None if handle.inner is None else handle.inner.layer
+        retain = None if handle.config.inner is None else handle.config.inner.retain
         keep = [0] * len(totals)
-        for row, length in zip(self.videos_by_row(mask, totals), valid.sum(1).tolist(), strict=True):
+        for row, length in zip(videos_by_row(mask, lengths), valid.sum(1).tolist(), strict=True):
             if not row:
                 continue
             total = sum(totals[v] for v in row)
@@ -197,6 +269,11 @@ class OuterStage:
             for v, more in zip(row, extra, strict=True):
                 keep[v] = 1 + more
         return [Target(k, k / n, budget.exact) for k, n in zip(keep, totals, strict=True)]
+
+
+def _marked(kept: Tensor, record: MergeRecord) -> Tensor:
+    """[T N, D]: kept tokens in the places they take, NaN elsewhere."""
+    return kept.new_full((record.total, kept.shape[-1]), torch.nan).index_copy(0, record.slots, kept)
 
 
 def _inside_a_forward() -> bool:

@@ -20,7 +20,9 @@ def nearest(word: object, choices: Iterable[str]) -> str:
 @cache
 def _modules(package: str) -> tuple[str, ...]:
     found = importlib.import_module(package)
-    return tuple(sorted(m.name for m in pkgutil.iter_modules(found.__path__) if m.name != "base"))
+    return tuple(
+        sorted(m.name for m in pkgutil.iter_modules(found.__path__) if m.name != "base" and not m.name.startswith("_"))
+    )
 
 
 def list_methods() -> list[str]:

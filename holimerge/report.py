@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .placement import Placement
 from .timing import StageClock
 from .tokens import MergeRecord
 
@@ -16,16 +17,24 @@ from .tokens import MergeRecord
 class VideoReport:
     """One video of the last prompt.
 
-    record: where every original token went.
+    placement: its record, and where its tokens stand among the placeholders of the prompt.
     grid: rows and columns of a frame's tokens.
-    separators: newline tokens and the like that entered beside the video's tokens (not counted in `entering`).
     inner_kept: [entering] bool, which of them the inner merge kept; None without one.
     """
 
-    record: MergeRecord
+    placement: Placement
     grid: tuple[int, int]
-    separators: int = 0
     inner_kept: Tensor | None = None
+
+    @property
+    def record(self) -> MergeRecord:
+        """Where every original token went."""
+        return self.placement.record
+
+    @property
+    def separators(self) -> int:
+        """Newline tokens and the like that entered beside the video's tokens (not counted in `entering`)."""
+        return self.placement.separators()
 
     @property
     def features(self) -> int:

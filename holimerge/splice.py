@@ -6,6 +6,7 @@ positions and masks; the language model's output is scattered back to the caller
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +16,9 @@ from transformers import Cache
 
 from .cache import CacheState, cache_state, held_length, set_cache_state
 from .positions import new_positions
-from .tokens import MergeRecord
 
 if TYPE_CHECKING:
-    from .call import Call
+    from .call import Call, Source
 
 
 @dataclass
@@ -126,24 +126,31 @@ def joined(prior: Tensor | None, real: Tensor, held: int) -> Tensor:
     return torch.cat([prior.to(real.device), real], dim=1)
 
 
-def placeholder_values(records: list[MergeRecord], separators: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Per placeholder, in the order of all videos: how many original tokens it holds, and where its anchor stands.
+def placeholder_values(sources: Iterable[Source], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Per column, how many original tokens it holds, and how far from it its token's anchor stands.
 
     Returns:
-        sizes [M] float32 (0 for a dropped token, -1 for a separator) and offset [M] int64, from the placeholder a token
-        takes to that of its anchor (not 0 only in segment order).
+        sizes [B, L] float32 (1 for what is no video, 0 for a dropped token, -1 for a separator) and offset [B, L]
+        int64 (not 0 only out of raster order).
     """
-    sizes, offsets = [], []
-    for record in records:
-        size = torch.zeros(record.total + separators, device=device)
-        offset = torch.zeros(record.total + separators, dtype=torch.long, device=device)
-        slots, anchor = record.slots.to(device), record.anchor.to(device)
-        size[slots] = record.sizes.to(device, size.dtype)
-        size[record.total :] = -1
-        offset[slots] = anchor - slots
-        sizes.append(size)
-        offsets.append(offset)
-    return torch.cat(sizes), torch.cat(offsets)
+    sizes, offsets = torch.empty(0), torch.empty(0)
+    for number, source in enumerate(sources):
+        mask = source.mask.to(device)
+        if number == 0:
+            sizes = torch.ones(mask.shape, device=device)
+            offsets = torch.zeros(mask.shape, dtype=torch.long, device=device)
+        assert source.placements is not None
+        values = [placement.values for placement in source.placements]
+        if not values:
+            continue
+        sizes = sizes.masked_scatter(mask, torch.cat([size.to(device) for size, _ in values]))
+        if any(not p.record.raster for p in source.placements):
+            # text may stand between placeholders, so that a step among them is more than a step in the sequence
+            first = torch.tensor([0, *(p.placeholders for p in source.placements)]).cumsum(0).tolist()
+            anchor = torch.cat([place.to(device) + start for (_, place), start in zip(values, first, strict=False)])
+            column = (~mask).flatten().long().argsort(stable=True)[: anchor.shape[0]] % mask.shape[1]
+            offsets = offsets.masked_scatter(mask, column[anchor] - column)
+    return sizes, offsets
 
 
 def pack(call: Call, kwargs: dict[str, Any], cache: Cache | None) -> Packing | None:
@@ -159,20 +166,18 @@ def pack(call: Call, kwargs: dict[str, Any], cache: Cache | None) -> Packing | N
     batch, length, _ = embeds.shape
     device = embeds.device
     state = cache_state(cache)
-    assert call.video_mask is not None
     placeholder = call.video_mask.to(device)
     dropping = call.dropping
     if not dropping and not handle.force_packing and handle.inner is None and state is None:
         return None
     columns = token_mask(kwargs.get("attention_mask"), batch, length, cache, device)
     valid = columns[:, -length:]
-    sizes = torch.ones(batch, length, device=device)
-    offset = torch.zeros(batch, length, dtype=torch.long, device=device)
-    if call.reductions is not None:
-        size, shift = placeholder_values(call.reductions, handle.family.separators, device)
-        sizes, offset = sizes.masked_scatter(placeholder, size), offset.masked_scatter(placeholder, shift)
+    if call.placements is not None:
+        sizes, offset = placeholder_values(call.sources.values(), device)
         marked = placeholder & (sizes == 0)
     else:  # a chunk of a prompt: only the features themselves still tell
+        sizes = torch.ones(batch, length, device=device)
+        offset = torch.zeros(batch, length, dtype=torch.long, device=device)
         marked = placeholder & embeds[..., 0].isnan() & dropping
     keep = valid & ~marked
     dropped = valid & marked
@@ -197,6 +202,7 @@ def pack(call: Call, kwargs: dict[str, Any], cache: Cache | None) -> Packing | N
         packed = embeds.gather(1, index[..., None].expand(-1, -1, embeds.shape[-1]))
         # padding that stands for a dropped token holds NaN; other padding stays what it was
         arguments["inputs_embeds"] = packed.masked_fill(marked.gather(1, index)[..., None], 0)
+        arguments |= _deepstack(kwargs, keep, index, real)
     if any(gone) or state is not None:
         # An explicit mask wherever there is no cache: without one, gapped positions would be read as packed sequences.
         needed = padded or cache is None
@@ -242,6 +248,19 @@ def pack(call: Call, kwargs: dict[str, Any], cache: Cache | None) -> Packing | N
     )
 
 
+def _deepstack(kwargs: dict[str, Any], keep: Tensor, index: Tensor, real: Tensor) -> dict[str, Any]:
+    """The packed rows of features that are added to the first layers' hidden states, and where."""
+    levels, where = kwargs.get("deepstack_visual_embeds"), kwargs.get("visual_pos_masks")
+    if levels is None or where is None:
+        return {}
+    where = where.to(keep.device)
+    rows = keep[where].nonzero().squeeze(1)
+    return {
+        "visual_pos_masks": where.gather(1, index) & real,
+        "deepstack_visual_embeds": [level[rows.to(level.device)] for level in levels],
+    }
+
+
 def continue_over(call: Call, kwargs: dict[str, Any], state: CacheState) -> dict[str, Any]:
     """The language model's arguments for a forward over a shortened cache (decoding, or a later turn of text)."""
     embeds, cache, mask = kwargs["inputs_embeds"], kwargs["past_key_values"], kwargs.get("attention_mask")
@@ -285,8 +304,9 @@ def remember_continuation(call: Call, cache: Cache) -> None:
     state, new = step.state, step.new
     held = held_length(cache) - step.length
     inner = state.inner_mask
-    if inner is not None and state.inner_layer is not None:
-        below = held_length(cache, state.inner_layer) - step.length
+    stage = call.handle.inner
+    if inner is not None and stage is not None:
+        below = held_length(cache, stage.measured) - step.length
         inner = continued_mask(inner, new, below, step.length)
     set_cache_state(
         cache,
@@ -304,7 +324,6 @@ def unpack(call: Call, output: Any) -> None:
     """Put the language model's output back to the caller's length, and leave the state in the cache."""
     packing = call.packing
     assert packing is not None
-    assert call.video_mask is not None
     index, real, state, lossless = packing.index, packing.real, packing.state, packing.lossless
     run = call.inner
     if run is not None and run.index is not None:

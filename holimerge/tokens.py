@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -50,6 +50,7 @@ class MergeRecord:
     segments: first and last frame of each temporal segment.
     temporal: R, the tokens that temporal merging alone removed.
     clustered: sizes of the static sets that density-peak clustering worked on, in time order.
+    raster: whether the kept tokens enter in the order of their anchors.
     """
 
     frames: int
@@ -61,6 +62,7 @@ class MergeRecord:
     segments: tuple[tuple[int, int], ...] = ()
     temporal: int = 0
     clustered: tuple[int, ...] = ()
+    raster: bool = True
 
     @property
     def kept(self) -> int:
@@ -121,20 +123,26 @@ class MergeRecord:
         frame = self.anchor // self.per_frame
         return torch.bincount(frame, minlength=self.frames).tolist()
 
+    def by_frame(self) -> MergeRecord:
+        """The same choices in an order in which every kept token stands among those of its anchor's frame.
+
+        For prompts with text between the frames, where a token must not leave its timestamp.
+        """
+        if self.raster:
+            return self
+        order = (self.anchor // self.per_frame).argsort(stable=True)
+        place = torch.cat([order.argsort(), order.new_full((1,), -1)])  # the last entry is found by -1
+        return replace(self, anchor=self.anchor[order], assignment=place[self.assignment])
+
     def to(self, device: torch.device | str) -> MergeRecord:
         """The same record on another device."""
         if self.anchor.device == torch.device(device):
             return self
-        return MergeRecord(
-            self.frames,
-            self.per_frame,
-            self.assignment.to(device),
-            self.weight.to(device),
-            self.anchor.to(device),
-            self.members,
-            self.segments,
-            self.temporal,
-            self.clustered,
+        return replace(
+            self,
+            assignment=self.assignment.to(device),
+            weight=self.weight.to(device),
+            anchor=self.anchor.to(device),
         )
 
 

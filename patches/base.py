@@ -1,11 +1,12 @@
-"""What a model family must say about itself. Everything families share lives in `holimerge`, not here twice."""
+"""What a model family must say about itself. Everything families share lives here or in `holimerge`, not twice."""
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,29 +15,77 @@ from holimerge.attention import rotate
 from holimerge.tokens import MergeRecord, VideoTokens
 
 
+class Grid(NamedTuple):
+    """Tokens of a video (or image, or tile) as the LLM would see them."""
+
+    frames: int
+    rows: int
+    columns: int
+
+    @property
+    def total(self) -> int:
+        return self.frames * self.rows * self.columns
+
+
+@dataclass
+class Level:
+    """Features of a video that the record merges: what the LLM reads, or what is added to one of its first layers.
+
+    tokens: [T N, C], before or after the projector.
+    project: [K, C] -> [K, D].
+    whole: () -> [T N, D], all tokens by the stock projector on the stock tensor.
+    """
+
+    tokens: Tensor
+    project: Callable[[Tensor], Tensor]
+    whole: Callable[[], Tensor]
+
+    def merged(self, record: MergeRecord) -> Tensor:
+        """[K, D]: the kept tokens, projected."""
+        return self.project(record.merge(self.tokens))
+
+
 @dataclass
 class Encoded:
     """One video after the vision tower.
 
     tokens: what the reduction decides on.
-    everything: () -> [T N, D], all tokens through the stock projector on the stock tensor.
-    merged: (record) -> [K, D], the kept tokens, projected.
+    levels: what the LLM reads, then what is added to its first layers (deepstack).
     """
 
     tokens: VideoTokens
-    everything: Callable[[], Tensor]
-    merged: Callable[[MergeRecord], Tensor]
+    levels: list[Level]
+
+    def joined(self, others: Sequence[Encoded]) -> Encoded:
+        """This one and others of its grid as the frames of one video."""
+        if not others:
+            return self
+        parts = [self, *others]
+        scores = [p.tokens.scores for p in parts if p.tokens.scores is not None]
+        tokens = VideoTokens(torch.cat([p.tokens.features for p in parts]), torch.cat(scores) if scores else None)
+
+        def join(levels: tuple[Level, ...]) -> Level:
+            together = torch.cat([level.tokens for level in levels])
+            return Level(together, levels[0].project, lambda: torch.cat([level.whole() for level in levels]))
+
+        return Encoded(tokens, [join(levels) for levels in zip(*(p.levels for p in parts), strict=True)])
 
 
 class Family(ABC):
     """A model family; one subclass per file of `patches/`, its instance named FAMILY.
 
     mrope: whether positions have several axes (then `outer.positions: auto` keeps the original ones).
-    separators: placeholder tokens of a video that are none of its own tokens (a newline), after them.
+    framed: whether text may stand between the frames of a video; a token then stays with its frame.
+    video_input: whether the model takes videos; if not, frames are handed over as images.
+    no_images: why its images cannot be the frames of a video; empty if they can.
+    no_contiguous: why positions cannot be re-numbered; empty if they can.
     """
 
     mrope: bool = False
-    separators: int = 0
+    framed: bool = False
+    video_input: bool = True
+    no_images: str = ""
+    no_contiguous: str = ""
 
     def core(self, model: Any) -> Any:
         """The module that encodes videos and calls the language model."""
@@ -46,9 +95,13 @@ class Family(ABC):
         """The decoder stack, called with `inputs_embeds`; it has `.layers` and `.config`."""
         return self.core(model).language_model
 
-    def video_mask(self, core: Any, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        """[B, L] bool: where video placeholders stand (separators included)."""
-        token: int = core.config.video_token_id
+    def deepstack(self, core: Any) -> int:
+        """Decoder layers after which features of the vision tower are added to the hidden states."""
+        return 0
+
+    def placeholders(self, core: Any, kind: str, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """[B, L] bool: where placeholders of a kind ("video" or "image") stand, separators included."""
+        token: int = getattr(core.config, f"{kind}_token_id")
         if input_ids is not None:
             return input_ids == token
         assert inputs_embeds is not None
@@ -56,9 +109,22 @@ class Family(ABC):
         placeholder = embedding(torch.tensor(token, device=inputs_embeds.device))
         return (inputs_embeds == placeholder).all(-1)
 
+    def check(self, arguments: dict[str, Any]) -> None:
+        """Refuse a forward's arguments that would make a reduction wrong, by a ValueError with the way out."""
+        return
+
     @abstractmethod
-    def grids(self, core: Any, arguments: dict[str, Any]) -> list[tuple[int, int, int]]:
-        """(T, rows, columns) of each video's tokens as the LLM would see them, from `get_video_features`' arguments."""
+    def grids(self, core: Any, arguments: dict[str, Any]) -> list[Grid]:
+        """One per video (or image, or tile of an image), from the bound arguments of the function that encodes them."""
+
+    def layout(self, core: Any, grid: Grid) -> Tensor | None:
+        """What each placeholder of a video stands for, as in `holimerge.placement.Placement`."""
+        return None
+
+    def separators(self, core: Any, grid: Grid) -> int:
+        """How many of a video's placeholders are separators."""
+        layout = self.layout(core, grid)
+        return 0 if layout is None else int((layout < 0).sum())
 
     @abstractmethod
     def encode(
@@ -71,38 +137,50 @@ class Family(ABC):
         scored: bool,
         chunk: int | None,
     ) -> list[Encoded]:
-        """Run the vision tower.
+        """Run the vision tower; one entry per grid.
 
         Args:
             core: the core module.
-            features: the stock `get_video_features`.
+            features: the stock function (`get_video_features` or `get_image_features`).
             arguments: its bound arguments.
             at: "projector_input" or "projector_output".
             scored: whether received attention is needed.
             chunk: frames per call of the tower; None for one stock call.
         """
 
-    @abstractmethod
-    def assemble(self, core: Any, features: list[Tensor]) -> Any:
-        """Per-video features [T N, D] in the container the stock `get_video_features` returns them in."""
+    def assemble(self, core: Any, arguments: dict[str, Any], features: list[Tensor]) -> Any:
+        """Features [T N, D] per grid in the container that the stock function returns them in."""
+        return tuple(features)
 
     def query(self, attention: Any, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Rotated queries of one token per row.
+        """Rotated queries [B, heads, L, d] of a decoder layer's attention. hidden: [B, L, D], its input.
 
-        Args:
-            attention: the decoder layer's attention module.
-            hidden: [B, D], its input at those tokens.
-            cos, sin: [B, d] (or [3, B, d] where rotary sections are not yet interleaved).
-
-        Returns:
-            [B, heads, d].
+        cos, sin: [B, L, r], or [3, B, L, r] where the axes of a rotary table are not yet joined.
         """
-        return self._rotated(attention.q_proj(hidden), attention, cos, sin)
+        heads = self._heads(attention.q_proj(hidden), attention)
+        return rotated(getattr(attention, "q_norm", _same)(heads).transpose(1, 2), attention, cos, sin)
 
     def keys(self, attention: Any, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Rotated keys [B, kv_heads, L, d], where the cache cannot be read. hidden: [B, L, D]; cos, sin: [B, L, d]."""
-        return self._rotated(attention.k_proj(hidden), attention, cos, sin).transpose(1, 2)
+        """Rotated keys [B, kv_heads, L, d], for where the cache cannot be read."""
+        heads = attention.k_proj(hidden).unflatten(-1, (-1, attention.head_dim))
+        return rotated(getattr(attention, "k_norm", _same)(heads).transpose(1, 2), attention, cos, sin)
 
-    def _rotated(self, projected: Tensor, attention: Any, cos: Tensor, sin: Tensor) -> Tensor:
-        heads = projected.unflatten(-1, (-1, attention.head_dim))
-        return rotate(heads, cos.unsqueeze(-2), sin.unsqueeze(-2))
+    def _heads(self, projected: Tensor, attention: Any) -> Tensor:
+        """[B, L, heads, d] of what the query projection gives."""
+        return projected.unflatten(-1, (-1, attention.head_dim))
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def rotated(x: Tensor, attention: Any, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding as the attention's own model does it. x: [B, heads, L, d]; cos, sin as in `Family.query`."""
+    if cos.ndim == x.ndim:  # transformers 5.16 hands three axes to every layer; later versions join them
+        sections = attention.rope_parameters["mrope_section"] * 2
+        cos, sin = (torch.cat([m[i % 3] for i, m in enumerate(t.split(sections, dim=-1))], dim=-1) for t in (cos, sin))
+    stock = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+    if stock is None:
+        return rotate(x, cos.unsqueeze(1), sin.unsqueeze(1))
+    result: Tensor = stock(x, x, cos, sin)[0]
+    return result

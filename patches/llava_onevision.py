@@ -5,17 +5,18 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from holimerge.attention import received_attention
-from holimerge.capture import StopForward, captured, first_argument
+from holimerge.capture import first_argument
 from holimerge.tokens import MergeRecord, VideoTokens
 
-from .base import Encoded, Family
+from ._frames import FrameFamily, layer_of_hidden_state, spans
+from .base import Encoded, Grid, Level
 
 
 def bilinear_taps(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -36,101 +37,79 @@ def bilinear_taps(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return index.reshape(-1, 4), weight.reshape(-1, 4)
 
 
-class LlavaOnevision(Family):
-    separators = 1
+@dataclass
+class Pooled(Level):
+    """Patches [T, P, C] of `side` x `side`, pooled after the projector."""
+
+    side: int = 0
+
+    def merged(self, record: MergeRecord) -> Tensor:
+        return merge_then_project(self.tokens, record, self.project, self.side)
+
+
+class LlavaOnevision(FrameFamily):
+    no_images = (
+        "LLaVA-OneVision cuts images into tiles of its own; hand the frames over as a video (pixel_values_videos)"
+    )
 
     def _side(self, core: Any) -> int:
         vision = core.config.vision_config
-        return vision.image_size // vision.patch_size
+        return int(vision.image_size // vision.patch_size)
 
-    def grids(self, core: Any, arguments: dict[str, Any]) -> list[tuple[int, int, int]]:
+    def projector(self, core: Any) -> Any:
+        return core.multi_modal_projector
+
+    def grids(self, core: Any, arguments: dict[str, Any]) -> list[Grid]:
         pixels = arguments[first_argument(arguments, "pixel_values_videos", "pixel_values")]
         side = math.ceil(self._side(core) / 2)
-        return [(pixels.shape[1], side, side)] * pixels.shape[0]
+        return [Grid(pixels.shape[1], side, side)] * pixels.shape[0]
 
-    def encode(
-        self,
-        core: Any,
-        features: Callable[..., Any],
-        arguments: dict[str, Any],
-        *,
-        at: str,
-        scored: bool,
-        chunk: int | None,
-    ) -> list[Encoded]:
-        name = first_argument(arguments, "pixel_values_videos", "pixel_values")
-        pixels = arguments[name]
-        videos, frames = pixels.shape[:2]
-        attention = self._probed_attention(core, arguments)
-        strips_class = (
-            arguments.get("vision_feature_select_strategy") or core.config.vision_feature_select_strategy
-        ) == "default"
-        patches, scores = [], []
-        flat = pixels.flatten(0, 1)[None]  # the tower sees single frames: videos may share a call
-        for start in range(0, videos * frames, chunk or videos * frames):
-            part = flat[:, start : start + (chunk or videos * frames)]
-            hooks: list[tuple[Any, str, Any]] = [(core.multi_modal_projector, "pre", _stop)]
-            if scored:
-                hooks += [(attention.q_proj, "out", "q"), (attention.k_proj, "out", "k")]
-            with captured(hooks) as got:
-                try:
-                    features(**{**arguments, name: part})
-                except StopForward as stop:
-                    patches.append(stop.value)
-            if scored:
-                heads = [got[x].unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for x in "qk"]
-                received = received_attention(heads[0], heads[1], attention.scale)
-                scores.append(received[:, 1:] if strips_class else received)
-        hidden = torch.cat(patches)
-        pooled_scores = core.apply_pooling(torch.cat(scores)[..., None])[..., 0] if scored else None
-        project: Callable[[Tensor], Tensor] = core.multi_modal_projector
-        pool: Callable[[Tensor], Tensor] = core.apply_pooling
-        # the same operators on the same tensors as the stock code, for all videos at once
-        after = pool(project(hidden)) if at == "projector_output" else None
-        shown = pool(hidden.detach()) if after is None else after
-        side = self._side(core)
+    def layout(self, core: Any, grid: Grid) -> Tensor:
+        return torch.cat([torch.arange(grid.total), torch.tensor([-1])])
 
-        @cache
-        def all_tokens() -> Tensor:
-            return pool(project(hidden)) if after is None else after
-
-        def one(video: int) -> Encoded:
-            span = slice(video * frames, (video + 1) * frames)
-            decision = VideoTokens(
-                shown[span].detach(), pooled_scores[span].detach() if pooled_scores is not None else None
-            )
-
-            def merged(record: MergeRecord) -> Tensor:
-                if after is not None:
-                    return record.merge(after[span].flatten(0, 1))
-                return merge_then_project(hidden[span], record, project, side)
-
-            return Encoded(decision, lambda: all_tokens()[span].flatten(0, 1), merged)
-
-        return [one(video) for video in range(videos)]
-
-    def _probed_attention(self, core: Any, arguments: dict[str, Any]) -> Any:
+    def attention(self, core: Any, arguments: dict[str, Any]) -> Any:
         """The attention of the layer whose output is the (last) selected hidden state."""
         layer = arguments.get("vision_feature_layer")
         layer = core.config.vision_feature_layer if layer is None else layer
         layer = layer[-1] if isinstance(layer, (list, tuple)) else layer
         tower: Any = core.vision_tower
         layers = getattr(tower, "vision_model", tower).encoder.layers
-        index = layer % (len(layers) + 1) - 1  # hidden state 0 is the embedding
-        if index < 0:
-            raise ValueError(f"vision_feature_layer {layer} selects the patch embedding, which has no attention")
-        return layers[index].self_attn
+        return layer_of_hidden_state(layers, layer, "vision_feature_layer").self_attn
 
-    def assemble(self, core: Any, features: list[Tensor]) -> Tensor:
+    def pooled_scores(self, core: Any, arguments: dict[str, Any], received: Tensor) -> Tensor:
+        strategy = arguments.get("vision_feature_select_strategy") or core.config.vision_feature_select_strategy
+        patches = received[:, 1:] if strategy == "default" else received
+        return core.apply_pooling(patches[..., None])[..., 0]
+
+    def encoded(self, core: Any, hidden: Tensor, grids: list[Grid], scores: Tensor | None, at: str) -> list[Encoded]:
+        project: Callable[[Tensor], Tensor] = core.multi_modal_projector
+        pool: Callable[[Tensor], Tensor] = core.apply_pooling
+
+        @cache
+        def after() -> Tensor:
+            # the same operators on the same tensors as the stock code, for all videos at once
+            return pool(project(hidden))
+
+        shown = after() if at == "projector_output" else pool(hidden.detach())
+
+        def one(span: slice) -> Encoded:
+            tokens = VideoTokens(shown[span].detach(), None if scores is None else scores[span].detach())
+
+            def whole() -> Tensor:
+                return after()[span].flatten(0, 1)
+
+            if at == "projector_output":
+                return Encoded(tokens, [Level(whole(), lambda x: x, whole)])
+            return Encoded(tokens, [Pooled(hidden[span], project, whole, self._side(core))])
+
+        return [one(span) for span in spans(grids)]
+
+    def assemble(self, core: Any, arguments: dict[str, Any], features: list[Tensor]) -> Tensor:
         stacked = torch.stack(features)
         if "mm_encoder_outputs" not in inspect.signature(core.forward).parameters:
             return stacked  # transformers before 5.18 appends the newline itself
         newline = core.image_newline[None, None].expand(len(features), 1, -1)
         return torch.cat([stacked, newline.to(stacked)], dim=1)
-
-
-def _stop(value: Tensor) -> None:
-    raise StopForward(value)
 
 
 def merge_then_project(patches: Tensor, record: MergeRecord, project: Callable[[Tensor], Tensor], side: int) -> Tensor:

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-import toys
 import yaml
 from test_cli import save_checkpoint
 

@@ -271,6 +271,7 @@ def reduce(tokens: VideoTokens, target: Target, options: HolitomOptions) -> Merg
         segments=tuple(segments),
         temporal=removed,
         clustered=tuple(static_sets[i] for i in clustered),
+        raster=options.order == "raster",
     )
 
 

@@ -1,0 +1,180 @@
+"""Towers that take flat patches and grids (t, h, w), and merge windows of patches into tokens: the Qwen-VL line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from holimerge.attention import received_attention, rotate
+from holimerge.capture import captured, first_argument
+from holimerge.tokens import VideoTokens
+
+from .base import Encoded, Family, Grid, Level
+
+
+class GridFamily(Family):
+    """A tower called with `grid_thw`; `blocks` of attention with rotary positions, each over its own frame."""
+
+    mrope = True
+
+    def tower(self, core: Any) -> Any:
+        """The vision tower."""
+        return core.visual
+
+    def mergers(self, core: Any) -> list[Any]:
+        """The modules that make the LLM's tokens: of what it reads, then of each deepstack level."""
+        return [self.tower(core).merger]
+
+    def attention(self, core: Any) -> Any:
+        """The last attention of the tower, whose spans are whole frames."""
+        return self.tower(core).blocks[-1].attn
+
+    def unit(self, core: Any) -> int:
+        """Rows of a merger's input that become one token."""
+        return int(self.tower(core).spatial_merge_size) ** 2
+
+    def merge_sizes(self, core: Any, arguments: dict[str, Any]) -> list[int]:
+        """Patches per side of a token, for each video."""
+        return [int(self.tower(core).spatial_merge_size)] * len(_grid(arguments)[1])
+
+    def pooled_scores(self, core: Any, received: Tensor, sizes: list[int], grids: Tensor) -> Tensor:
+        """[T N]: a value per token from one per patch [S], in the tower's own order."""
+        return received.unflatten(0, (-1, sizes[0] ** 2)).mean(1)
+
+    def grids(self, core: Any, arguments: dict[str, Any]) -> list[Grid]:
+        sizes = self.merge_sizes(core, arguments)
+        return [Grid(t, h // m, w // m) for (t, h, w), m in zip(_grid(arguments)[1].tolist(), sizes, strict=True)]
+
+    def encode(
+        self,
+        core: Any,
+        features: Callable[..., Any],
+        arguments: dict[str, Any],
+        *,
+        at: str,
+        scored: bool,
+        chunk: int | None,
+    ) -> list[Encoded]:
+        grids = self.grids(core, arguments)
+        parts: list[list[tuple[list[Tensor], Tensor | None]]] = [[] for _ in grids]
+        for videos, call in self._calls(arguments, chunk):
+            for video, part in zip(videos, self._encode_once(core, features, call, at, scored), strict=True):
+                parts[video].append(part)
+        mergers, unit = self.mergers(core), self.unit(core)
+
+        def level(x: Tensor, merger: Any) -> Level:
+            def project(rows: Tensor) -> Tensor:
+                return rows if at == "projector_output" else merger(rows.reshape(rows.shape[0] * unit, -1))
+
+            return Level(x, project, lambda: project(x))
+
+        def one(video: int) -> Encoded:
+            grid = grids[video]
+            shape = (grid.frames, grid.rows * grid.columns)
+            levels = [torch.cat(pieces) for pieces in zip(*(levels for levels, _ in parts[video]), strict=True)]
+            received = [scores for _, scores in parts[video] if scores is not None]
+            scores = torch.cat(received).view(shape) if scored else None
+            tokens = VideoTokens(levels[0].detach().reshape(*shape, -1), scores)
+            return Encoded(tokens, [level(x, merger) for x, merger in zip(levels, mergers, strict=True)])
+
+        return [one(video) for video in range(len(grids))]
+
+    def _calls(self, arguments: dict[str, Any], chunk: int | None) -> list[tuple[list[int], dict[str, Any]]]:
+        """The stock call, or one call per `chunk` frames of each video (attention never leaves a frame)."""
+        name, grid = _grid(arguments)
+        if chunk is None:
+            return [(list(range(len(grid))), arguments)]
+        pixels = first_argument(arguments, "pixel_values_videos", "pixel_values")
+        # what is given once per video goes with it (merge sizes)
+        single = [k for k, v in arguments.items() if isinstance(v, Tensor) and k not in (name, pixels)]
+        calls = []
+        start = 0
+        for video, (frames, rows, columns) in enumerate(grid.tolist()):
+            for first in range(0, frames, chunk):
+                count = min(chunk, frames - first)
+                span = slice(start + first * rows * columns, start + (first + count) * rows * columns)
+                piece = {
+                    **arguments,
+                    **{k: arguments[k][video : video + 1] for k in single},
+                    pixels: arguments[pixels][span],
+                    name: grid.new_tensor([[count, rows, columns]]),
+                }
+                calls.append(([video], piece))
+            start += frames * rows * columns
+        return calls
+
+    def _encode_once(
+        self, core: Any, features: Callable[..., Any], arguments: dict[str, Any], at: str, scored: bool
+    ) -> list[tuple[list[Tensor], Tensor | None]]:
+        """Per video, every level's tokens [T N, C] and the scores [T N], in raster order."""
+        unit, attention, mergers = self.unit(core), self.attention(core), self.mergers(core)
+        seen: list[Tensor] = []  # per level: the merger's input in tokens, or its output
+
+        def remember(hidden: Tensor) -> Tensor:
+            # A tower may undo a window order of its own on the merger's output. Fed row numbers instead of features, it
+            # tells the order; the merger itself is skipped by showing it a single token.
+            seen.append(hidden.unflatten(0, (-1, unit)).flatten(1))
+            return hidden[:unit] if at == "projector_input" else hidden
+
+        def number(output: Tensor) -> Tensor:
+            rows = torch.arange(seen[-1].shape[0], device=output.device)[:, None]
+            if at == "projector_output":
+                seen[-1] = output
+            return rows
+
+        hooks: list[tuple[Any, str, Any]] = []
+        for merger in mergers:
+            hooks += [(merger, "swap", remember), (merger, "replace", number)]
+        if scored:
+            hooks += [(attention, "in", "call")]
+            hooks += [(module, "out", name) for name, module in _projections(attention).items()]
+        with captured(hooks) as got:
+            orders = [rows.squeeze(1) for rows in features(**{**arguments, "return_dict": True}).pooler_output]
+        # deepstack mergers run before the last one
+        levels = [seen[-1], *seen[:-1]]
+        received = None
+        if scored:
+            received = self._received(attention, got)
+            received = self.pooled_scores(core, received, self.merge_sizes(core, arguments), _grid(arguments)[1])
+        return [([x[order] for x in levels], None if received is None else received[order]) for order in orders]
+
+    def _received(self, attention: Any, got: dict[str, Any]) -> Tensor:
+        """[S] float32, attention each patch received inside its attention span, in the tower's own order."""
+        call = got["call"]
+        heads = attention.num_heads
+        if "qkv" in got:
+            q, k, _ = got["qkv"].unflatten(-1, (3, heads, -1)).unbind(1)
+        else:
+            q, k = (got[name].unflatten(-1, (heads, -1)) for name in _projections(attention))
+        cos, sin = (x[:, None].float() for x in call["position_embeddings"])
+        q, k = (rotate(x.float(), cos, sin).to(x.dtype) for x in (q, k))
+        ends = call["cu_seqlens"].tolist()
+        lengths = [b - a for a, b in pairwise(ends)]
+        parts, start, i = [], 0, 0
+        while i < len(lengths):  # runs of equal spans go together; the last block's spans are whole frames
+            j = i
+            while j < len(lengths) and lengths[j] == lengths[i]:
+                j += 1
+            stop = start + (j - i) * lengths[i]
+            spans = [x[start:stop].unflatten(0, (j - i, lengths[i])).transpose(1, 2) for x in (q, k)]
+            parts.append(received_attention(spans[0], spans[1], attention.scaling).flatten())
+            start, i = stop, j
+        return torch.cat(parts)
+
+
+def _grid(arguments: dict[str, Any]) -> tuple[str, Tensor]:
+    """The name and value of the grid argument."""
+    name = first_argument(arguments, "video_grid_thw", "image_grid_thw")
+    return name, arguments[name]
+
+
+def _projections(attention: Any) -> dict[str, Any]:
+    """The modules that make queries and keys, by name: one for both, or two."""
+    for names in (("qkv",), ("q", "k"), ("q_proj", "k_proj")):
+        if hasattr(attention, names[0]):
+            return {name: getattr(attention, name) for name in names}
+    raise AttributeError(f"{type(attention).__name__} has no query projection that is known")
