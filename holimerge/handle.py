@@ -73,6 +73,8 @@ class Handle:
         self._hooks: list[Any] = []
         self._latest: Report | None = None  # for a thread that only watches, as a streamer's reader does
         self._attributes: list[tuple[nn.Module, str, Any]] = []
+        kinds = getattr(self.lm.config, "layer_types", None) or []
+        self.recurrent = "linear_attention" in kinds  # some layers keep a state instead of tokens
         self.outer = OuterStage(self)
         positions = config.outer.positions if config.outer is not None else "auto"
         self.contiguous = positions == "contiguous" or (positions == "auto" and not family.mrope)
@@ -211,6 +213,11 @@ class Handle:
         seen = int(cache.get_seq_length()) if cache is not None else 0
         chunked = setting("prefill_chunk_size") is not None
         if chunked and self.config.outer is not None:
+            if self.recurrent:
+                raise ValueError(
+                    "prefill_chunk_size: this model's linear layers cannot skip the padding of a chunk that loses all "
+                    "its tokens; prefill in one piece"
+                )
             if self.config.outer.order == "segment" and not self.contiguous:
                 raise ValueError(
                     "prefill_chunk_size: with outer.order 'segment' and original positions a token's position may lie "
@@ -267,6 +274,7 @@ class Handle:
             if encoded is None and pixels is None:
                 if (
                     kind == "video"
+                    and not self.family.one_placeholder
                     and ids is not None
                     and ids.shape[1] > 1
                     and call.seen == 0

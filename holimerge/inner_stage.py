@@ -188,8 +188,11 @@ class InnerStage:
         step = call.continuation
         if step is None or step.state.inner_layer is None:
             return None
-        # The language model built one mask for all layers from layer 0's length; these layers hold fewer entries.
-        if first:
+        # The language model built one mask for all layers from layer 0's length; these layers hold fewer entries. A
+        # linear layer's mask is about the new tokens alone.
+        if self._linear(layer):
+            return None
+        if layer is self.layers[self.measured]:
             needed = kwargs.get("attention_mask") is not None or step.state.inner_padded
             mask = None
             if needed:
@@ -201,8 +204,6 @@ class InnerStage:
                 plain = not step.state.inner_padded and step.new is None
                 mask = self._causal(hidden, None if plain else flat, cache)
             step.arguments = {"attention_mask": mask, "position_ids": None} if needed else {}
-        if self._linear(layer):  # its mask is about the new tokens alone
-            return None
         return args, {**kwargs, **_on(step.arguments, hidden.device)}
 
     def _linear(self, layer: nn.Module) -> bool:

@@ -191,6 +191,11 @@ def pack(call: Call, kwargs: dict[str, Any], cache: Cache | None) -> Packing | N
         return None
     # a chunk of dropped tokens alone still needs one entry, which is padding
     width = max(1, *lengths) if any(gone) else length
+    if handle.recurrent and any(gone) and held_length(cache) and min(lengths) < width:
+        raise ValueError(
+            "this model's linear layers cannot skip padding after the first tokens, and the rows of this batch keep "
+            "different numbers of tokens in a later turn; run the rows one by one"
+        )
     index = right_aligned(keep, width) if moved else torch.arange(length, device=device).expand(batch, -1)
     real = keep.gather(1, index)
     prior, prior_padded = _prior(cache, state, columns, length)
@@ -209,7 +214,7 @@ def pack(call: Call, kwargs: dict[str, Any], cache: Cache | None) -> Packing | N
         arguments["attention_mask"] = joined(prior, real, held).long() if needed else None
     axis_shift = None if state is None else state.axis_shift
     if moved or state is not None:
-        given = kwargs.get("position_ids")
+        given = _with_axes(kwargs.get("position_ids"))
         given = (torch.arange(length, device=device) + call.seen)[None] if given is None else given.to(device)
         positions, axis_shift = new_positions(
             given.expand(*given.shape[:-2], batch, length),
@@ -248,6 +253,13 @@ def pack(call: Call, kwargs: dict[str, Any], cache: Cache | None) -> Packing | N
     )
 
 
+def _with_axes(positions: Tensor | None) -> Tensor | None:
+    """Positions [1, B, L] stand for three equal axes."""
+    if positions is None or positions.ndim == 2 or positions.shape[0] > 1:
+        return positions
+    return positions.expand(3, -1, -1)
+
+
 def _deepstack(kwargs: dict[str, Any], keep: Tensor, index: Tensor, real: Tensor) -> dict[str, Any]:
     """The packed rows of features that are added to the first layers' hidden states, and where."""
     levels, where = kwargs.get("deepstack_visual_embeds"), kwargs.get("visual_pos_masks")
@@ -275,7 +287,7 @@ def continue_over(call: Call, kwargs: dict[str, Any], state: CacheState) -> dict
     if state.padded or new is not None:
         held = held_length(cache)
         arguments["attention_mask"] = continued_mask(state.mask.to(device), new, held, length).long()
-    positions = kwargs.get("position_ids")
+    positions = _with_axes(kwargs.get("position_ids"))
     dropped = state.dropped.to(device)[:, None]
     if positions is None:
         if call.handle.contiguous:

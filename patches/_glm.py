@@ -9,6 +9,7 @@ from ._grids import GridFamily
 
 class GlmFamily(GridFamily):
     framed = True
+    one_placeholder = True
 
     def unit(self, core: Any) -> int:
         return 1  # the convolution has joined the patches already

@@ -77,6 +77,7 @@ class Family(ABC):
     mrope: whether positions have several axes (then `outer.positions: auto` keeps the original ones).
     framed: whether text may stand between the frames of a video; a token then stays with its frame.
     video_input: whether the model takes videos; if not, frames are handed over as images.
+    one_placeholder: whether a video's tokens have the id of an image's (a call then holds either).
     no_images: why its images cannot be the frames of a video; empty if they can.
     no_contiguous: why positions cannot be re-numbered; empty if they can.
     """
@@ -84,6 +85,7 @@ class Family(ABC):
     mrope: bool = False
     framed: bool = False
     video_input: bool = True
+    one_placeholder: bool = False
     no_images: str = ""
     no_contiguous: str = ""
 
@@ -101,7 +103,8 @@ class Family(ABC):
 
     def placeholders(self, core: Any, kind: str, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """[B, L] bool: where placeholders of a kind ("video" or "image") stand, separators included."""
-        token: int = getattr(core.config, f"{kind}_token_id")
+        shared = self.one_placeholder and input_ids is not None
+        token: int = getattr(core.config, "image_token_id" if shared else f"{kind}_token_id")
         if input_ids is not None:
             return input_ids == token
         assert inputs_embeds is not None
