@@ -15,7 +15,7 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,9 +26,10 @@ from holimerge.api import _handle, _inner_model
 from holimerge.capture import first_argument
 from holimerge.handle import Handle
 from holimerge.outer_stage import ReducedVideo
+from holimerge.placement import Placement
 from holimerge.registry import family_module
 from holimerge.report import Report
-from holimerge.tokens import MergeRecord, Target
+from holimerge.tokens import Target
 
 
 @dataclass
@@ -78,12 +79,9 @@ def reusing(model: Any, size: int = 1) -> Iterator[Reuse]:
         family = family_module(inner.config.model_type).FAMILY
         owner, name = family.core(inner), "get_video_features"
         run = _stock(owner.get_video_features, family, owner, reuse)
-    elif handle.method.reduce is None:
-        owner, name = handle.outer, "_stock"
-        run = _handled(handle, handle.outer._stock, reuse)
     else:
-        owner, name = handle.outer, "_reduced"
-        run = _handled(handle, handle.outer._reduced, reuse)
+        owner, name = handle.outer, "run"
+        run = _handled(handle, handle.outer.run, reuse)
     own = owner.__dict__.get(name)
     owner.__dict__[name] = run
     try:
@@ -117,31 +115,36 @@ def _pooled(stock: Callable[..., Any], arguments: dict[str, Any]) -> Any:
 
 
 def _handled(handle: Handle, run: Callable[..., Any], reuse: Reuse) -> Callable[..., Any]:
-    """Around `OuterStage._reduced` (which is also given targets) or `OuterStage._stock`."""
+    """Around `OuterStage.run`."""
 
     def features(
         original: Callable[..., Any],
         arguments: dict[str, Any],
-        grids: list[tuple[int, int, int]],
-        *rest: Any,
-    ) -> tuple[ReducedVideo, list[MergeRecord]]:
+        grids: list[Any],
+        targets: list[Target] | None,
+        report: Report,
+        videos: list[list[int]],
+        earlier: int,
+    ) -> tuple[ReducedVideo, list[Placement]]:
         if handle.replay is not None:  # choices are given for the whole prompt
-            return run(original, arguments, grids, *rest)
-        report: Report = rest[-1]
-        targets: list[Target] | None = rest[0] if len(rest) > 1 else None
-        parts, records = [], []
+            return run(original, arguments, grids, targets, report, videos, earlier)
+        outputs, placements = [], []
         for i, (one, told) in enumerate(_videos(arguments, grids)):
             target = None if targets is None else [targets[i]]
-            given = () if target is None else (target,)
-
-            def make(one: dict[str, Any] = one, i: int = i, given: Any = given) -> Any:
-                output, record = run(original, one, [grids[i]], *given, report)
-                return output.pooler_output, record[0]
-
-            pooled, record = reuse.find((*told, *(target or ())), one[_pixels(one)], make)
-            parts.append(pooled)
-            records.append(copy.copy(record))  # reports know a video by its record, also two rows of one video
-        return ReducedVideo(pooler_output=_joined(parts)), records
+            make = functools.partial(run, original, one, [grids[i]], target, report, [[0]], 0)
+            output, (placement,) = reuse.find((*told, *(target or ())), one[_pixels(one)], make)
+            outputs.append(output)
+            # reports know a video by its record, also two rows of one video
+            placements.append(replace(placement, record=copy.copy(placement.record)))
+        deep = [output.deepstack_features for output in outputs]
+        return (
+            ReducedVideo(
+                pooler_output=_joined([output.pooler_output for output in outputs]),
+                deepstack_features=None if None in deep else [_joined(list(x)) for x in zip(*deep, strict=True)],
+                kept=None if targets is None else [kept for output in outputs for kept in output.kept],
+            ),
+            placements,
+        )
 
     return features
 
@@ -150,9 +153,7 @@ def _pixels(arguments: dict[str, Any]) -> str:
     return first_argument(arguments, "pixel_values_videos", "pixel_values")
 
 
-def _videos(
-    arguments: dict[str, Any], grids: list[tuple[int, int, int]]
-) -> Iterator[tuple[dict[str, Any], tuple[Any, ...]]]:
+def _videos(arguments: dict[str, Any], grids: list[Any]) -> Iterator[tuple[dict[str, Any], tuple[Any, ...]]]:
     """The arguments of each video alone, and what besides its pixels decides the result."""
     name = _pixels(arguments)
     pixels, thw = arguments[name], arguments.get("video_grid_thw")

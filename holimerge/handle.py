@@ -93,8 +93,6 @@ class Handle:
                 f"treat_images_as_video: {name} takes the frames of a video as images and cannot tell them from other "
                 "images; set it to true for prompts whose images are the frames of a video"
             )
-        if self.contiguous and family.no_contiguous:
-            raise ConfigError(f"outer.positions: {name}: {family.no_contiguous}")
 
     # ------------------------------------------------------------------ attach and detach
 
@@ -228,6 +226,7 @@ class Handle:
                     "prefill_chunk_size: contiguous positions of several axes need the whole prompt; "
                     "prefill in one piece, or use original positions"
                 )
+        self.family.check(kwargs, contiguous=self.contiguous)
         prompt = Prompt(self, ids, kwargs.get("inputs_embeds"), kwargs.get("attention_mask"), seen, chunked)
         token = PROMPT.set(prompt)
         try:
@@ -289,7 +288,7 @@ class Handle:
                     f"the {kind}'s features were computed by the caller (mm_encoder_outputs), so they were not "
                     f"reduced; pass {name} instead, or unpatch the model"
                 )
-            self.family.check(given)
+            self.family.check(given, contiguous=self.contiguous)
             call.has_video = True
             if encoded is not None:
                 call.sources[kind] = self.outer.source(kind, encoded, call)
@@ -336,6 +335,11 @@ class Handle:
                 return None
             self._check_cache(state)
             return args, continue_over(call, kwargs, state)
+        placements = call.placements
+        if self.replay is not None and placements is not None and len(placements) != len(self.replay.outer):
+            raise ValueError(
+                f"the replayed selection has {len(self.replay.outer)} videos, the prompt {len(placements)}"
+            )
         report = call.report = call.report or Report()
         checkpointing = module.training and getattr(module, "gradient_checkpointing", False)
         if checkpointing and self.inner is not None:

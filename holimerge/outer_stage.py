@@ -32,9 +32,13 @@ _INSIDE: ContextVar[bool] = ContextVar("holimerge_inside_encoding", default=Fals
 
 @dataclass
 class ReducedVideo(BaseModelOutputWithPooling):
-    """What the encoding functions return inside a patched model's own calls; its type says where it comes from."""
+    """What the encoding functions return inside a patched model's own calls; its type says where it comes from.
+
+    kept: per video, [K, D], the tokens that stay (None where nothing was reduced).
+    """
 
     deepstack_features: list[Any] | None = None
+    kept: list[Tensor] | None = None
 
 
 class OuterStage:
@@ -90,24 +94,15 @@ class OuterStage:
             inner_layer=None if handle.inner is None else handle.inner.layer
         )
         whole = [grids[video[0]]._replace(frames=sum(grids[i].frames for i in video)) for video in videos]
-        if handle.method.reduce is None:
-            output, records = self._stock(original, arguments, whole, report)
-        else:
-            targets = self._targets(kind, whole, source, frames)
-            earlier = len(source.placements or [])
-            output, records = self._reduced(original, arguments, videos, targets, report, earlier)
-        device = _device(arguments)
-        layouts = [family.layout(core, grid) for grid in whole]
-        placements = [
-            Placement(record, None if layout is None else layout.to(device))
-            for record, layout in zip(records, layouts, strict=True)
-        ]
+        targets = None if handle.method.reduce is None else self._targets(kind, whole, source, frames)
+        earlier = len(source.placements or [])
+        output, placements = self.run(original, arguments, whole, targets, report, videos, earlier)
         report.videos += [
             VideoReport(placement, (grid.rows, grid.columns)) for placement, grid in zip(placements, whole, strict=True)
         ]
         output.placements, output.report, output.frames = placements, report, frames
         output.count = len(output.pooler_output)
-        source.dropping = source.dropping or any(r.kept < r.total for r in records)
+        source.dropping = source.dropping or any(p.record.kept < p.record.total for p in placements)
         if isinstance(source, Call):
             source.sources[kind] = self.source(kind, output, source)
             return output
@@ -139,77 +134,116 @@ class OuterStage:
 
     def _check_finite(self, output: Any) -> None:
         """In a chunked prefill only NaN tells dropped tokens from kept ones, so a kept token must not hold it."""
-        for kept in output.kept:
+        for kept in output.kept or []:
             if not bool(torch.isfinite(kept).all()):
                 raise ValueError("the projector's output holds values that are not finite (NaN or infinity)")
 
-    def _stock(
-        self, original: Callable[..., Any], arguments: dict[str, Any], grids: list[Grid], report: Report
-    ) -> tuple[Any, list[MergeRecord]]:
-        device = _device(arguments)
-        with report.clock.stage("vision", device):
-            stock = original(**{**arguments, "return_dict": True})
-        output = ReducedVideo(
-            pooler_output=stock.pooler_output, deepstack_features=getattr(stock, "deepstack_features", None)
-        )
-        return output, [keep_everything(grid.frames, grid.rows * grid.columns, device) for grid in grids]
-
-    def _reduced(
+    def run(
         self,
         original: Callable[..., Any],
         arguments: dict[str, Any],
-        videos: list[list[int]],
-        targets: list[Target],
+        grids: list[Grid],
+        targets: list[Target] | None,
         report: Report,
+        videos: list[list[int]],
         earlier: int,
-    ) -> tuple[Any, list[MergeRecord]]:
-        """Encode and reduce. videos: which grids make up each; earlier: videos of this prompt reduced before."""
-        family, core, outer = self.handle.family, self.handle.core, self.handle.config.outer
-        reduce = self.handle.method.reduce
+    ) -> tuple[Any, list[Placement]]:
+        """Encode videos and reduce them to their targets, or (without targets) encode them as the stock model does.
+
+        Args:
+            original: the stock function.
+            arguments: its bound arguments.
+            grids, targets: of every video.
+            report: takes the times.
+            videos: for every video, which of the family's grids are its frames.
+            earlier: videos of this prompt that were reduced before, for a replayed selection.
+        """
+        if targets is None:
+            with report.clock.stage("vision", _device(arguments)):
+                stock = original(**{**arguments, "return_dict": True})
+            output = ReducedVideo(
+                pooler_output=stock.pooler_output, deepstack_features=getattr(stock, "deepstack_features", None)
+            )
+            records = [keep_everything(grid.frames, grid.rows * grid.columns, _device(arguments)) for grid in grids]
+            return output, self._placements(records, grids)
+        parts = self._encode(original, arguments, report)
+        placements = self._placements(self._reduce(parts, videos, targets, report, earlier), grids)
+        return self._project(arguments, parts, videos, placements, report), placements
+
+    def _placements(self, records: list[MergeRecord], grids: list[Grid]) -> list[Placement]:
+        family, core = self.handle.family, self.handle.core
+        layouts = [family.layout(core, grid) for grid in grids]
+        return [
+            Placement(record, None if layout is None else layout.to(record.anchor.device))
+            for record, layout in zip(records, layouts, strict=True)
+        ]
+
+    def _encode(self, original: Callable[..., Any], arguments: dict[str, Any], report: Report) -> list[Encoded]:
+        outer = self.handle.config.outer
         assert outer is not None
-        assert reduce is not None
-        device = _device(arguments)
-        with report.clock.stage("vision", device):
-            parts: list[Encoded] = family.encode(
-                core,
+        with report.clock.stage("vision", _device(arguments)):
+            encoded: list[Encoded] = self.handle.family.encode(
+                self.handle.core,
                 original,
                 arguments,
                 at=outer.at,
                 scored=self.handle.method.needs_scores,
                 chunk=self.handle.config.chunk_frames,
             )
-        encoded = [parts[video[0]].joined([parts[i] for i in video[1:]]) for video in videos]
-        replay = self.handle.replay
-        records: list[MergeRecord] = []
-        if replay is not None and len(replay.outer) < earlier + len(encoded):
+        return encoded
+
+    def _reduce(
+        self, parts: list[Encoded], videos: list[list[int]], targets: list[Target], report: Report, earlier: int
+    ) -> list[MergeRecord]:
+        """A record per video. videos: which parts are its frames; earlier: videos of this prompt reduced before."""
+        outer, replay, reduce = self.handle.config.outer, self.handle.replay, self.handle.method.reduce
+        assert outer is not None
+        assert reduce is not None
+        if replay is not None and len(replay.outer) < earlier + len(videos):
             raise ValueError(
-                f"the replayed selection has {len(replay.outer)} videos, the prompt {earlier + len(encoded)}"
+                f"the replayed selection has {len(replay.outer)} videos, the prompt {earlier + len(videos)}"
             )
+        records: list[MergeRecord] = []
+        device = parts[0].tokens.features.device
         # decisions are taken in float32 also under autocast
         with report.clock.stage("reduce", device), torch.no_grad(), torch.autocast(device.type, enabled=False):
-            for i, (video, target) in enumerate(zip(encoded, targets, strict=True)):
-                record = reduce(video.tokens, target, outer) if replay is None else replay.outer[earlier + i]
-                record = record.to(video.tokens.features.device)
-                records.append(record.by_frame() if family.framed or len(videos[i]) > 1 else record)
-        levels: list[list[Tensor]] = [[] for _ in range(1 + family.deepstack(core))]  # [level][grid] of [T N, D]
-        kept_features = []
-        of_grid: dict[int, list[Tensor]] = {}
-        with report.clock.stage("project", device):
-            for video, grids, record in zip(encoded, videos, records, strict=True):
+            for i, (video, target) in enumerate(zip(videos, targets, strict=True)):
+                tokens = parts[video[0]].joined([parts[part] for part in video[1:]]).tokens
+                record = reduce(tokens, target, outer) if replay is None else replay.outer[earlier + i]
+                record = record.to(device)
+                records.append(record.by_frame() if self.handle.family.framed or len(video) > 1 else record)
+        return records
+
+    def _project(
+        self,
+        arguments: dict[str, Any],
+        parts: list[Encoded],
+        videos: list[list[int]],
+        placements: list[Placement],
+        report: Report,
+    ) -> Any:
+        """The kept tokens, projected, in the containers and places of the stock features."""
+        family, core = self.handle.family, self.handle.core
+        features: list[list[Tensor]] = [[] for _ in parts]  # [part][level]
+        kept_tokens = []
+        with report.clock.stage("project", _device(arguments)):
+            for video, placement in zip(videos, placements, strict=True):
+                record = placement.record
                 whole = record.kept == record.total
-                kept = [level.whole() if whole else level.merged(record) for level in video.levels]
-                kept_features.append(kept[0])
-                marked = kept if whole else [_marked(x, record) for x in kept]
-                for i, pieces in zip(grids, zip(*(x.chunk(len(grids)) for x in marked), strict=True), strict=True):
-                    of_grid[i] = list(pieces)
-            for i, part in enumerate(parts):
-                features = of_grid.get(i) or [level.whole() for level in part.levels]
-                for level, x in zip(levels, features, strict=True):
-                    level.append(x)
-            pooled = family.assemble(core, arguments, levels[0])
-        output: Any = ReducedVideo(pooler_output=pooled, deepstack_features=levels[1:] or None)
-        output.kept = kept_features
-        return output, records
+                levels = parts[video[0]].joined([parts[part] for part in video[1:]]).levels
+                kept = [level.whole() if whole else level.merged(record) for level in levels]
+                kept_tokens.append(kept[0])
+                separator = family.separator(core)
+                for x in kept:
+                    marked = _placed(x if whole else _marked(x, record), placement, separator)
+                    for part, piece in zip(video, marked.chunk(len(video)), strict=True):
+                        features[part].append(piece)
+            for part, found in zip(parts, features, strict=True):
+                if not found:  # an image that is no frame of a video
+                    found += [level.whole() for level in part.levels]
+            levels_of_all = [list(level) for level in zip(*features, strict=True)]
+            pooled = family.assemble(core, arguments, levels_of_all[0])
+        return ReducedVideo(pooler_output=pooled, deepstack_features=levels_of_all[1:] or None, kept=kept_tokens)
 
     def _others(self, kind: str, source: Call | Prompt) -> Tensor:
         other = "video" if kind == "image" else "image"
@@ -269,6 +303,15 @@ class OuterStage:
             for v, more in zip(row, extra, strict=True):
                 keep[v] = 1 + more
         return [Target(k, k / n, budget.exact) for k, n in zip(keep, totals, strict=True)]
+
+
+def _placed(features: Tensor, placement: Placement, separator: Tensor | None) -> Tensor:
+    """[M, D]: a video's features [T N, D] with its separators between them, NaN where one is dropped."""
+    if placement.layout is None or separator is None:
+        return features
+    sizes, layout = placement.values[0].to(features.device), placement.layout.to(features.device)
+    separators = separator.to(features).expand(layout.shape[0], -1).masked_fill((sizes == 0)[:, None], torch.nan)
+    return torch.where((layout < 0)[:, None], separators, features[layout.clamp_min(0)])
 
 
 def _marked(kept: Tensor, record: MergeRecord) -> Tensor:

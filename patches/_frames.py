@@ -86,6 +86,11 @@ class FrameFamily(Family):
             core, torch.cat(hidden), self.grids(core, arguments), torch.cat(scores) if scored else None, at
         )
 
+    def without_class(self, core: Any, arguments: dict[str, Any], received: Tensor) -> Tensor:
+        """[F, P] without the class token, where the features leave it out."""
+        strategy = arguments.get("vision_feature_select_strategy") or core.config.vision_feature_select_strategy
+        return received[:, 1:] if strategy == "default" else received
+
     def query_and_key(self, attention: Any) -> dict[str, Any]:
         """The modules whose outputs are the queries "q" and keys "k", [F, P, heads d]."""
         return {"q": attention.q_proj, "k": attention.k_proj}
@@ -102,15 +107,49 @@ class FrameFamily(Family):
         return [{**arguments, name: flat[:, start : start + step]} for start in range(0, flat.shape[1], step)]
 
 
+class LlavaFamily(FrameFamily):
+    """CLIP or SigLIP, features of chosen layers, `multi_modal_projector`; videos [B, T, C, H, W] of one length."""
+
+    no_images = "images are cut into tiles of their own; hand the frames over as a video (pixel_values_videos)"
+
+    @abstractmethod
+    def side(self, core: Any) -> int:
+        """Tokens per side of a frame."""
+
+    def patches(self, core: Any) -> int:
+        """Patches per side of a frame."""
+        vision = core.config.vision_config
+        return int(vision.image_size // vision.patch_size)
+
+    def projector(self, core: Any) -> Any:
+        return core.multi_modal_projector
+
+    def grids(self, core: Any, arguments: dict[str, Any]) -> list[Grid]:
+        pixels = arguments[first_argument(arguments, "pixel_values_videos", "pixel_values")]
+        return [Grid(pixels.shape[1], self.side(core), self.side(core))] * pixels.shape[0]
+
+    def attention(self, core: Any, arguments: dict[str, Any]) -> Any:
+        """The attention of the layer whose output is the (last) selected hidden state."""
+        layer = arguments.get("vision_feature_layer")
+        layer = core.config.vision_feature_layer if layer is None else layer
+        layer = layer[-1] if isinstance(layer, (list, tuple)) else layer
+        tower: Any = core.vision_tower
+        layers = getattr(tower, "vision_model", tower).encoder.layers
+        return layer_of_hidden_state(layers, layer).self_attn
+
+    def assemble(self, core: Any, arguments: dict[str, Any], features: list[Tensor]) -> Tensor:
+        return torch.stack(features)
+
+
 def spans(grids: list[Grid]) -> list[slice]:
     """Where each video's frames stand among all frames."""
     ends = list(accumulate((grid.frames for grid in grids), initial=0))
     return [slice(start, end) for start, end in pairwise(ends)]
 
 
-def layer_of_hidden_state(layers: Any, index: int, what: str) -> Any:
+def layer_of_hidden_state(layers: Any, index: int) -> Any:
     """The layer whose output is hidden state `index` (0 is the embedding, negative from the end)."""
     position = index % (len(layers) + 1) - 1
     if position < 0:
-        raise ValueError(f"{what} {index} selects the patch embedding, which has no attention")
+        raise ValueError(f"vision_feature_layer {index} selects the patch embedding, which has no attention")
     return layers[position]

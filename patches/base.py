@@ -79,7 +79,6 @@ class Family(ABC):
     video_input: whether the model takes videos; if not, frames are handed over as images.
     one_placeholder: whether a video's tokens have the id of an image's (a call then holds either).
     no_images: why its images cannot be the frames of a video; empty if they can.
-    no_contiguous: why positions cannot be re-numbered; empty if they can.
     """
 
     mrope: bool = False
@@ -87,7 +86,6 @@ class Family(ABC):
     video_input: bool = True
     one_placeholder: bool = False
     no_images: str = ""
-    no_contiguous: str = ""
 
     def core(self, model: Any) -> Any:
         """The module that encodes videos and calls the language model."""
@@ -112,8 +110,16 @@ class Family(ABC):
         placeholder = embedding(torch.tensor(token, device=inputs_embeds.device))
         return (inputs_embeds == placeholder).all(-1)
 
-    def check(self, arguments: dict[str, Any]) -> None:
-        """Refuse a forward's arguments that would make a reduction wrong, by a ValueError with the way out."""
+    def check(self, arguments: dict[str, Any], *, contiguous: bool) -> None:
+        """Refuse the arguments of `generate` or a forward that would make a reduction wrong.
+
+        Args:
+            arguments: by name.
+            contiguous: whether positions will be re-numbered.
+
+        Raises:
+            ValueError: with the reason and the way out.
+        """
         return
 
     @abstractmethod
@@ -122,6 +128,10 @@ class Family(ABC):
 
     def layout(self, core: Any, grid: Grid) -> Tensor | None:
         """What each placeholder of a video stands for, as in `holimerge.placement.Placement`."""
+        return None
+
+    def separator(self, core: Any) -> Tensor | None:
+        """[D]: what a separator's placeholder holds; None if the model puts it there itself."""
         return None
 
     def separators(self, core: Any, grid: Grid) -> int:
@@ -152,7 +162,7 @@ class Family(ABC):
         """
 
     def assemble(self, core: Any, arguments: dict[str, Any], features: list[Tensor]) -> Any:
-        """Features [T N, D] per grid in the container that the stock function returns them in."""
+        """Features per grid, [T N, D] or with their separators, in the stock function's container."""
         return tuple(features)
 
     def query(self, attention: Any, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -33,14 +33,13 @@ class InternVL(FrameFamily):
     def attention(self, core: Any, arguments: dict[str, Any]) -> Any:
         layer = arguments.get("vision_feature_layer")
         layer = core.config.vision_feature_layer if layer is None else layer
-        return layer_of_hidden_state(core.vision_tower.encoder.layer, layer, "vision_feature_layer").attention
+        return layer_of_hidden_state(core.vision_tower.encoder.layer, layer).attention
 
     def query_and_key(self, attention: Any) -> dict[str, Any]:
         return {"q": attention.q_norm, "k": attention.k_norm}
 
     def pooled_scores(self, core: Any, arguments: dict[str, Any], received: Tensor) -> Tensor:
-        strategy = arguments.get("vision_feature_select_strategy") or core.config.vision_feature_select_strategy
-        patches = received[:, 1:] if strategy == "default" else received
+        patches = self.without_class(core, arguments, received)
         side = int(patches.shape[1] ** 0.5)
         shuffled = core.pixel_shuffle(patches.unflatten(1, (side, side))[..., None], core.config.downsample_ratio)
         return shuffled.flatten(1, 2).mean(-1)

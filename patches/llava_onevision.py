@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
 
-from holimerge.capture import first_argument
 from holimerge.tokens import MergeRecord, VideoTokens
 
-from ._frames import FrameFamily, layer_of_hidden_state, spans
+from ._frames import LlavaFamily, spans
 from .base import Encoded, Grid, Level
 
 
@@ -39,47 +39,36 @@ def bilinear_taps(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class Pooled(Level):
-    """Patches [T, P, C] of `side` x `side`, pooled after the projector."""
+    """Patches [T, P, C], pooled after the projector. taps: as in `merge_then_project`."""
 
-    side: int = 0
+    taps: tuple[Tensor, Tensor]
 
     def merged(self, record: MergeRecord) -> Tensor:
-        return merge_then_project(self.tokens, record, self.project, self.side)
+        return merge_then_project(self.tokens, record, self.project, *self.taps)
 
 
-class LlavaOnevision(FrameFamily):
-    no_images = (
-        "LLaVA-OneVision cuts images into tiles of its own; hand the frames over as a video (pixel_values_videos)"
-    )
+class LlavaOnevision(LlavaFamily):
+    @property
+    def appends_newline(self) -> bool:
+        """Whether `get_video_features` ends each video with its newline (from transformers 5.18 on)."""
+        return "mm_encoder_outputs" in inspect.signature(LlavaOnevisionModel.forward).parameters
 
-    def _side(self, core: Any) -> int:
-        vision = core.config.vision_config
-        return int(vision.image_size // vision.patch_size)
+    def side(self, core: Any) -> int:
+        """Tokens per side of a frame."""
+        return math.ceil(self.patches(core) / 2)
 
-    def projector(self, core: Any) -> Any:
-        return core.multi_modal_projector
-
-    def grids(self, core: Any, arguments: dict[str, Any]) -> list[Grid]:
-        pixels = arguments[first_argument(arguments, "pixel_values_videos", "pixel_values")]
-        side = math.ceil(self._side(core) / 2)
-        return [Grid(pixels.shape[1], side, side)] * pixels.shape[0]
+    def taps(self, core: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The patches [N, 4] that a pooled token is made of, and their weights [N, 4]."""
+        return bilinear_taps(self.patches(core), device)
 
     def layout(self, core: Any, grid: Grid) -> Tensor:
         return torch.cat([torch.arange(grid.total), torch.tensor([-1])])
 
-    def attention(self, core: Any, arguments: dict[str, Any]) -> Any:
-        """The attention of the layer whose output is the (last) selected hidden state."""
-        layer = arguments.get("vision_feature_layer")
-        layer = core.config.vision_feature_layer if layer is None else layer
-        layer = layer[-1] if isinstance(layer, (list, tuple)) else layer
-        tower: Any = core.vision_tower
-        layers = getattr(tower, "vision_model", tower).encoder.layers
-        return layer_of_hidden_state(layers, layer, "vision_feature_layer").self_attn
+    def separator(self, core: Any) -> Tensor | None:
+        return core.image_newline if self.appends_newline else None
 
     def pooled_scores(self, core: Any, arguments: dict[str, Any], received: Tensor) -> Tensor:
-        strategy = arguments.get("vision_feature_select_strategy") or core.config.vision_feature_select_strategy
-        patches = received[:, 1:] if strategy == "default" else received
-        return core.apply_pooling(patches[..., None])[..., 0]
+        return core.apply_pooling(self.without_class(core, arguments, received)[..., None])[..., 0]
 
     def encoded(self, core: Any, hidden: Tensor, grids: list[Grid], scores: Tensor | None, at: str) -> list[Encoded]:
         project: Callable[[Tensor], Tensor] = core.multi_modal_projector
@@ -100,36 +89,30 @@ class LlavaOnevision(FrameFamily):
 
             if at == "projector_output":
                 return Encoded(tokens, [Level(whole(), lambda x: x, whole)])
-            return Encoded(tokens, [Pooled(hidden[span], project, whole, self._side(core))])
+            return Encoded(tokens, [Pooled(hidden[span], project, whole, self.taps(core, hidden.device))])
 
         return [one(span) for span in spans(grids)]
 
-    def assemble(self, core: Any, arguments: dict[str, Any], features: list[Tensor]) -> Tensor:
-        stacked = torch.stack(features)
-        if "mm_encoder_outputs" not in inspect.signature(core.forward).parameters:
-            return stacked  # transformers before 5.18 appends the newline itself
-        newline = core.image_newline[None, None].expand(len(features), 1, -1)
-        return torch.cat([stacked, newline.to(stacked)], dim=1)
 
-
-def merge_then_project(patches: Tensor, record: MergeRecord, project: Callable[[Tensor], Tensor], side: int) -> Tensor:
+def merge_then_project(
+    patches: Tensor, record: MergeRecord, project: Callable[[Tensor], Tensor], index: Tensor, weight: Tensor
+) -> Tensor:
     """Merge a video's patches, project only the merged ones, pool them with the anchors' weights.
 
-    A pooled token is a weighted sum of (at most) four projected patches. The tokens that one kept token holds have
-    their patches merged corner by corner with the record's weights; the four merged patches are projected and summed
-    with the bilinear weights of the anchor. For a token that holds only itself this is what the stock code computes.
+    A pooled token is a weighted sum of four projected patches. The tokens that one kept token holds have their patches
+    merged corner by corner with the record's weights; the four merged patches are projected and summed with the
+    weights of the anchor. For a token that holds only itself this is what the stock code computes.
 
     Args:
         patches: [T, P, C], the projector's input.
-        record: of T frames of M * M tokens.
+        record: of T frames of N tokens.
         project: the projector.
-        side: patches per side, P = side * side.
+        index, weight: [N, 4] int64 and float32, the patches that each token is pooled of.
 
     Returns:
         [K, D].
     """
     frames, count, width = patches.shape
-    index, weight = bilinear_taps(side, patches.device)
     frame = torch.arange(frames, device=patches.device)[:, None] * count
     flat = patches.reshape(frames * count, width)
     corners = [record.merge(flat, (frame + index[:, c]).flatten()) for c in range(4)]

@@ -5,12 +5,20 @@ Video tokens are reduced; audio tokens stay, with the positions that align both 
 
 from __future__ import annotations
 
+from typing import Any
+
 from ._grids import GridFamily
 
 
 class Thinker(GridFamily):
     framed = True  # audio of the same time stands between chunks of frames
-    no_contiguous = "positions align video and audio in time; use original ones"
+
+    def check(self, arguments: dict[str, Any], *, contiguous: bool) -> None:
+        if contiguous and arguments.get("input_features") is not None:
+            raise ValueError(
+                "outer.positions: contiguous: the positions of this prompt align its audio and video in time; "
+                "use original (or auto)"
+            )
 
 
 FAMILY = Thinker()

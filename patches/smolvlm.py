@@ -34,7 +34,8 @@ class SmolVLM(FrameFamily):
     def calls(self, core: Any, arguments: dict[str, Any], chunk: int | None) -> list[dict[str, Any]]:
         if chunk is None:
             return [arguments]
-        real, calls = self._real(arguments).flatten(), []
+        real = self._real(arguments).flatten()
+        calls: list[dict[str, Any]] = []
         images = {
             k: arguments[k].flatten(0, 1)[real] for k in ("pixel_values", "pixel_attention_mask") if k in arguments
         }

@@ -39,7 +39,7 @@ class VideoLlama3(GridFamily):
         merge = torch.tensor(sizes, device=grids.device)
         return core.vision_model.pixel_unshuffle(received[:, None], grids, merge)[:, 0]
 
-    def check(self, arguments: dict[str, Any]) -> None:
+    def check(self, arguments: dict[str, Any], *, contiguous: bool) -> None:
         kept = arguments.get("video_compression_mask")
         if kept is not None and not bool(kept.all()):
             raise ValueError(
