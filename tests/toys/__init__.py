@@ -46,7 +46,7 @@ def make_model(
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = PAD
     # a random model would otherwise write placeholders, which no forward without a cache can read back
-    model.generation_config.suppress_tokens = [VIDEO, IMAGE, VISION_START, VISION_END, AUDIO]
+    model.generation_config.suppress_tokens = [VIDEO, IMAGE, VISION_START, VISION_END, AUDIO, *toy.markers]
     return model.to(dtype).eval()
 
 
