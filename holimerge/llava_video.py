@@ -89,7 +89,7 @@ class LlavaVideoModel(LlavaOnevisionModel):
 
     def apply_pooling(self, image_features: Tensor) -> Tensor:
         """Averages of 2 x 2 patches: [F, P, C] to [F, N, C]."""
-        side = self.config.vision_config.image_size // self.config.vision_config.patch_size
+        side = round(image_features.shape[1] ** 0.5)
         maps = image_features.unflatten(1, (side, side)).permute(0, 3, 1, 2)
         return nn.functional.avg_pool2d(maps, 2).flatten(2).transpose(1, 2)
 
@@ -101,8 +101,9 @@ class LlavaVideoForConditionalGeneration(LlavaOnevisionForConditionalGeneration)
 
     def __init__(self, config: LlavaVideoConfig) -> None:
         LlavaOnevisionPreTrainedModel.__init__(self, config)
+        text: Any = config.text_config
         self.model = LlavaVideoModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.post_init()
 
 

@@ -17,6 +17,7 @@ from .allocation import largest_remainder
 from .call import CALL, PROMPT, Call, Prompt, Source, videos_by_row
 from .config import ConfigError
 from .cost import largest_budget
+from .encoding import Encoded, Grid, Request
 from .placement import FrameImages, Placement, frames_among_images
 from .report import Report, VideoReport
 from .shapes import shape_of
@@ -24,7 +25,6 @@ from .tokens import MergeRecord, Target, keep_everything
 
 if TYPE_CHECKING:
     from .handle import Handle
-    from .patches.base import Encoded, Grid
 
 
 _INSIDE: ContextVar[bool] = ContextVar("holimerge_inside_encoding", default=False)
@@ -181,15 +181,9 @@ class OuterStage:
     def _encode(self, original: Callable[..., Any], arguments: dict[str, Any], report: Report) -> list[Encoded]:
         outer = self.handle.config.outer
         assert outer is not None
+        request = Request(outer.at, self.handle.method.needs_scores, self.handle.config.chunk_frames)
         with report.clock.stage("vision", _device(arguments)):
-            encoded: list[Encoded] = self.handle.family.encode(
-                self.handle.core,
-                original,
-                arguments,
-                at=outer.at,
-                scored=self.handle.method.needs_scores,
-                chunk=self.handle.config.chunk_frames,
-            )
+            encoded: list[Encoded] = self.handle.family.encode(self.handle.core, original, arguments, request)
         return encoded
 
     def _reduce(
@@ -238,9 +232,9 @@ class OuterStage:
                     marked = _placed(x if whole else _marked(x, record), placement, separator)
                     for part, piece in zip(video, marked.chunk(len(video)), strict=True):
                         features[part].append(piece)
-            for part, found in zip(parts, features, strict=True):
+            for encoded, found in zip(parts, features, strict=True):
                 if not found:  # an image that is no frame of a video
-                    found += [level.whole() for level in part.levels]
+                    found += [level.whole() for level in encoded.levels]
             levels_of_all = [list(level) for level in zip(*features, strict=True)]
             pooled = family.assemble(core, arguments, levels_of_all[0])
         return ReducedVideo(pooler_output=pooled, deepstack_features=levels_of_all[1:] or None, kept=kept_tokens)

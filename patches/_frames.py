@@ -13,9 +13,10 @@ from torch import Tensor
 
 from holimerge.attention import received_attention
 from holimerge.capture import StopForward, captured, first_argument
+from holimerge.encoding import Encoded, Grid, Level, Request
 from holimerge.tokens import VideoTokens
 
-from .base import Encoded, Family, Grid, Level
+from .base import Family
 
 
 def _stop(value: Tensor) -> None:
@@ -58,32 +59,29 @@ class FrameFamily(Family):
         return [one(span) for span in spans(grids)]
 
     def encode(
-        self,
-        core: Any,
-        features: Callable[..., Any],
-        arguments: dict[str, Any],
-        *,
-        at: str,
-        scored: bool,
-        chunk: int | None,
+        self, core: Any, features: Callable[..., Any], arguments: dict[str, Any], request: Request
     ) -> list[Encoded]:
         attention = self.attention(core, arguments)
         hidden, scores = [], []
-        for part in self.calls(core, arguments, chunk):
+        for part in self.calls(core, arguments, request.chunk):
             hooks: list[tuple[Any, str, Any]] = [(self.projector(core), "pre", _stop)]
-            if scored:
+            if request.scored:
                 hooks += [(module, "out", name) for name, module in self.query_and_key(attention).items()]
             with captured(hooks) as got:
                 try:
                     features(**part)
                 except StopForward as stop:
                     hidden.append(stop.value)
-            if scored:
+            if request.scored:
                 q, k = (x.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for x in (got["q"], got["k"]))
                 received = received_attention(q, k, attention.scale)
                 scores.append(self.pooled_scores(core, arguments, received))
         return self.encoded(
-            core, torch.cat(hidden), self.grids(core, arguments), torch.cat(scores) if scored else None, at
+            core,
+            torch.cat(hidden),
+            self.grids(core, arguments),
+            torch.cat(scores) if request.scored else None,
+            request.at,
         )
 
     def without_class(self, core: Any, arguments: dict[str, Any], received: Tensor) -> Tensor:

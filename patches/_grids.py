@@ -11,9 +11,10 @@ from torch import Tensor
 
 from holimerge.attention import received_attention, rotate
 from holimerge.capture import captured, first_argument
+from holimerge.encoding import Encoded, Grid, Level, Request
 from holimerge.tokens import VideoTokens
 
-from .base import Encoded, Family, Grid, Level
+from .base import Family
 
 
 class GridFamily(Family):
@@ -50,25 +51,18 @@ class GridFamily(Family):
         return [Grid(t, h // m, w // m) for (t, h, w), m in zip(_grid(arguments)[1].tolist(), sizes, strict=True)]
 
     def encode(
-        self,
-        core: Any,
-        features: Callable[..., Any],
-        arguments: dict[str, Any],
-        *,
-        at: str,
-        scored: bool,
-        chunk: int | None,
+        self, core: Any, features: Callable[..., Any], arguments: dict[str, Any], request: Request
     ) -> list[Encoded]:
         grids = self.grids(core, arguments)
         parts: list[list[tuple[list[Tensor], Tensor | None]]] = [[] for _ in grids]
-        for videos, call in self._calls(arguments, chunk):
-            for video, part in zip(videos, self._encode_once(core, features, call, at, scored), strict=True):
+        for videos, call in self._calls(arguments, request.chunk):
+            for video, part in zip(videos, self._encode_once(core, features, call, request), strict=True):
                 parts[video].append(part)
         mergers, unit = self.mergers(core), self.unit(core)
 
         def level(x: Tensor, merger: Any) -> Level:
             def project(rows: Tensor) -> Tensor:
-                return rows if at == "projector_output" else merger(rows.reshape(rows.shape[0] * unit, -1))
+                return rows if request.at == "projector_output" else merger(rows.reshape(rows.shape[0] * unit, -1))
 
             return Level(x, project, lambda: project(x))
 
@@ -77,7 +71,7 @@ class GridFamily(Family):
             shape = (grid.frames, grid.rows * grid.columns)
             levels = [torch.cat(pieces) for pieces in zip(*(levels for levels, _ in parts[video]), strict=True)]
             received = [scores for _, scores in parts[video] if scores is not None]
-            scores = torch.cat(received).view(shape) if scored else None
+            scores = torch.cat(received).view(shape) if request.scored else None
             tokens = VideoTokens(levels[0].detach().reshape(*shape, -1), scores)
             return Encoded(tokens, [level(x, merger) for x, merger in zip(levels, mergers, strict=True)])
 
@@ -108,7 +102,7 @@ class GridFamily(Family):
         return calls
 
     def _encode_once(
-        self, core: Any, features: Callable[..., Any], arguments: dict[str, Any], at: str, scored: bool
+        self, core: Any, features: Callable[..., Any], arguments: dict[str, Any], request: Request
     ) -> list[tuple[list[Tensor], Tensor | None]]:
         """Per video, every level's tokens [T N, C] and the scores [T N], in raster order."""
         unit, attention, mergers = self.unit(core), self.attention(core), self.mergers(core)
@@ -118,18 +112,18 @@ class GridFamily(Family):
             # A tower may undo a window order of its own on the merger's output. Fed row numbers instead of features, it
             # tells the order; the merger itself is skipped by showing it a single token.
             seen.append(hidden.unflatten(0, (-1, unit)).flatten(1))
-            return hidden[:unit] if at == "projector_input" else hidden
+            return hidden[:unit] if request.at == "projector_input" else hidden
 
         def number(output: Tensor) -> Tensor:
             rows = torch.arange(seen[-1].shape[0], device=output.device)[:, None]
-            if at == "projector_output":
+            if request.at == "projector_output":
                 seen[-1] = output
             return rows
 
         hooks: list[tuple[Any, str, Any]] = []
         for merger in mergers:
             hooks += [(merger, "swap", remember), (merger, "replace", number)]
-        if scored:
+        if request.scored:
             hooks += [(attention, "in", "call")]
             hooks += [(module, "out", name) for name, module in _projections(attention).items()]
         with captured(hooks) as got:
@@ -137,7 +131,7 @@ class GridFamily(Family):
         # deepstack mergers run before the last one
         levels = [seen[-1], *seen[:-1]]
         received = None
-        if scored:
+        if request.scored:
             received = self._received(attention, got)
             received = self.pooled_scores(core, received, self.merge_sizes(core, arguments), _grid(arguments)[1])
         return [([x[order] for x in levels], None if received is None else received[order]) for order in orders]

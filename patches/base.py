@@ -4,71 +4,14 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from holimerge.attention import rotate
-from holimerge.tokens import MergeRecord, VideoTokens
-
-
-class Grid(NamedTuple):
-    """Tokens of a video (or image, or tile) as the LLM would see them."""
-
-    frames: int
-    rows: int
-    columns: int
-
-    @property
-    def total(self) -> int:
-        return self.frames * self.rows * self.columns
-
-
-@dataclass
-class Level:
-    """Features of a video that the record merges: what the LLM reads, or what is added to one of its first layers.
-
-    tokens: [T N, C], before or after the projector.
-    project: [K, C] -> [K, D].
-    whole: () -> [T N, D], all tokens by the stock projector on the stock tensor.
-    """
-
-    tokens: Tensor
-    project: Callable[[Tensor], Tensor]
-    whole: Callable[[], Tensor]
-
-    def merged(self, record: MergeRecord) -> Tensor:
-        """[K, D]: the kept tokens, projected."""
-        return self.project(record.merge(self.tokens))
-
-
-@dataclass
-class Encoded:
-    """One video after the vision tower.
-
-    tokens: what the reduction decides on.
-    levels: what the LLM reads, then what is added to its first layers (deepstack).
-    """
-
-    tokens: VideoTokens
-    levels: list[Level]
-
-    def joined(self, others: Sequence[Encoded]) -> Encoded:
-        """This one and others of its grid as the frames of one video."""
-        if not others:
-            return self
-        parts = [self, *others]
-        scores = [p.tokens.scores for p in parts if p.tokens.scores is not None]
-        tokens = VideoTokens(torch.cat([p.tokens.features for p in parts]), torch.cat(scores) if scores else None)
-
-        def join(levels: tuple[Level, ...]) -> Level:
-            together = torch.cat([level.tokens for level in levels])
-            return Level(together, levels[0].project, lambda: torch.cat([level.whole() for level in levels]))
-
-        return Encoded(tokens, [join(levels) for levels in zip(*(p.levels for p in parts), strict=True)])
+from holimerge.encoding import Encoded, Grid, Request
 
 
 class Family(ABC):
@@ -141,14 +84,7 @@ class Family(ABC):
 
     @abstractmethod
     def encode(
-        self,
-        core: Any,
-        features: Callable[..., Any],
-        arguments: dict[str, Any],
-        *,
-        at: str,
-        scored: bool,
-        chunk: int | None,
+        self, core: Any, features: Callable[..., Any], arguments: dict[str, Any], request: Request
     ) -> list[Encoded]:
         """Run the vision tower; one entry per grid.
 
@@ -156,9 +92,7 @@ class Family(ABC):
             core: the core module.
             features: the stock function (`get_video_features` or `get_image_features`).
             arguments: its bound arguments.
-            at: "projector_input" or "projector_output".
-            scored: whether received attention is needed.
-            chunk: frames per call of the tower; None for one stock call.
+            request: what is wanted of it.
         """
 
     def assemble(self, core: Any, arguments: dict[str, Any], features: list[Tensor]) -> Any:

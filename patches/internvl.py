@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from holimerge.encoding import Grid
+
 from ._frames import FrameFamily, layer_of_hidden_state
-from .base import Grid
 
 
 class InternVL(FrameFamily):

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
 
+from holimerge.encoding import Encoded, Grid, Level
 from holimerge.tokens import MergeRecord, VideoTokens
 
 from ._frames import LlavaFamily, spans
-from .base import Encoded, Grid, Level
 
 
 def bilinear_taps(size: int, device: torch.device) -> tuple[Tensor, Tensor]:

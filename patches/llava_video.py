@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from holimerge.encoding import Grid
 from holimerge.llava_video import layout_of, side_of
 
-from .base import Grid
 from .llava_onevision import LlavaOnevision
 
 

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from holimerge.encoding import Grid
+
 from ._frames import FrameFamily
-from .base import Grid
 
 
 class SmolVLM(FrameFamily):

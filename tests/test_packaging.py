@@ -15,6 +15,9 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import toys
+
+from holimerge import list_families
 
 ROOT = Path(__file__).parents[1]
 PLACES = {"holimerge": "holimerge", "patches": "holimerge/patches", "configs": "holimerge/configs"}
@@ -209,6 +212,24 @@ def test_import_needs_little_and_changes_nothing(hidden, tmp_path):
     assert told["warned"] == []
     assert told["compared"] > 100
     assert told["presets"] >= 8
+
+
+def test_a_family_file_is_short_and_repeats_no_other():
+    """What families share lives once: no file of 200 lines, no six lines that stand in two files."""
+    seen: dict[tuple[str, ...], str] = {}
+    for path in sorted((ROOT / "patches").glob("*.py")):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        assert len(lines) <= 200, path.name
+        code = [x.strip() for x in lines if x.strip() and not x.startswith(("from ", "import ", '"""'))]
+        for start in range(len(code) - 5):
+            window = tuple(code[start : start + 6])
+            other = seen.setdefault(window, path.name)
+            assert other == path.name, f"{path.name} and {other} both have:\n" + "\n".join(window)
+    assert len(seen) > 300
+
+
+def test_every_family_has_a_toy_that_the_laws_run_on():
+    assert sorted(toys.TOYS) == list_families()
 
 
 def test_the_readme_is_short_and_starts_with_something_to_run():
