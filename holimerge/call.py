@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from .placement import Placement
+from .placement import FrameImages, Placement
 from .report import Report
 
 if TYPE_CHECKING:
@@ -108,11 +108,25 @@ class Call:
 
 
 @dataclass
+class Placed:
+    """Videos that were encoded for a prompt.
+
+    count: entries of the container that holds their features.
+    frames: which images they are made of, if they are.
+    """
+
+    placements: list[Placement]
+    count: int
+    frames: FrameImages | None = None
+
+
+@dataclass
 class Prompt:
     """The arguments of a running `generate`, for videos that are encoded before the first forward.
 
     chunked: whether the prompt will be prefilled in chunks.
-    report, placements: of the videos that were encoded for it.
+    report: of the videos that were encoded for it; placed: the same by kind of placeholder. They are kept here and
+        not on the features, which accelerate builds anew when it moves a module's arguments.
     dropping: whether some token of its videos was dropped or merged away.
     """
 
@@ -124,7 +138,12 @@ class Prompt:
     chunked: bool = False
     dropping: bool = False
     report: Report | None = None
-    placements: list[Placement] = field(default_factory=list)
+    placed: dict[str, Placed] = field(default_factory=dict)
+
+    @property
+    def placements(self) -> list[Placement]:
+        """One per video, of one kind after the other."""
+        return [placement for placed in self.placed.values() for placement in placed.placements]
 
 
 CALL: ContextVar[Call | None] = ContextVar("holimerge_call", default=None)

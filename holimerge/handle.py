@@ -283,7 +283,8 @@ class Handle:
                         f"the prompt has video placeholders but no video: a patched model reduces {name} itself"
                     )
                 continue
-            if encoded is not None and not isinstance(encoded, ReducedVideo):
+            made_here = isinstance(encoded, ReducedVideo) and prompt is not None and kind in prompt.placed
+            if encoded is not None and not made_here:
                 raise RuntimeError(
                     f"the {kind}'s features were computed by the caller (mm_encoder_outputs), so they were not "
                     f"reduced; pass {name} instead, or unpatch the model"
@@ -291,13 +292,10 @@ class Handle:
             self.family.check(given, contiguous=self.contiguous)
             call.has_video = True
             if encoded is not None:
-                call.sources[kind] = self.outer.source(kind, encoded, call)
-                call.report = getattr(encoded, "report", None)
-                placements = call.sources[kind].placements
-                if placements is not None:
-                    call.dropping = call.dropping or any(p.record.kept < p.record.total for p in placements)
-                elif prompt is not None:
-                    call.dropping, call.report = prompt.dropping, prompt.report
+                assert prompt is not None
+                placed = None if prompt.chunked else prompt.placed[kind]
+                call.sources[kind] = self.outer.source(kind, placed, len(encoded.pooler_output), call)
+                call.dropping, call.report = prompt.dropping, prompt.report
 
     def _leave_core(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         call = self.current()
@@ -335,6 +333,11 @@ class Handle:
                 return None
             self._check_cache(state)
             return args, continue_over(call, kwargs, state)
+        return args, self._enter_prompt(call, module, kwargs)
+
+    @torch.compiler.disable  # once a prompt; traced, its numbers on the host would make a new graph for every length
+    def _enter_prompt(self, call: Call, module: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        cache, embeds = kwargs.get("past_key_values"), kwargs["inputs_embeds"]
         placements = call.placements
         if self.replay is not None and placements is not None and len(placements) != len(self.replay.outer):
             raise ValueError(
@@ -359,7 +362,7 @@ class Handle:
             if self.inner is not None:
                 self.inner.begin(call)
         report.clock.start("prefill", embeds.device)
-        return args, kwargs
+        return kwargs
 
     def _leave_lm(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         call = self.current()
@@ -367,8 +370,11 @@ class Handle:
             return
         if call.continuation is not None:
             remember_continuation(call, kwargs["past_key_values"])
-        if not call.has_video:
-            return
+        if call.has_video:
+            self._leave_prompt(call, kwargs, output)
+
+    @torch.compiler.disable
+    def _leave_prompt(self, call: Call, kwargs: dict[str, Any], output: Any) -> None:
         assert call.report is not None
         call.report.clock.stop("prefill", kwargs["inputs_embeds"].device)
         if call.packing is not None:

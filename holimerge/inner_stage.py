@@ -83,6 +83,9 @@ class InnerStage:
             )
         # where the shorter cache's length can be read: linear layers keep no tokens
         self.measured = next((i for i in full if i >= self.layer), self.layer)
+        # the modules themselves: a user may wrap the entries of `layers` later
+        self.first, self.first_measured = self.layers[self.layer], self.layers[self.measured]
+        self.linear = [x for x, kind in zip(self.layers, self.types, strict=True) if kind == "linear_attention"]
         if (getattr(handle.model, "_tp_size", None) or 1) > 1:
             raise ConfigError(
                 "inner: the model runs tensor-parallel, where each rank sees its own heads and would choose other "
@@ -143,6 +146,12 @@ class InnerStage:
             return
         if replay is not None and replay.inner is not None:  # nothing is left to choose
             return
+        self._rank(call, attention, args, kwargs)
+
+    @torch.compiler.disable  # as all that happens once a prompt
+    def _rank(self, call: Call, attention: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        assert call.inner is not None
+        assert call.packing is not None
         run, packing = call.inner, call.packing
         hidden = args[0] if args else kwargs["hidden_states"]
         batch, width, depth = hidden.shape
@@ -172,15 +181,10 @@ class InnerStage:
         call = self.handle.current()
         if call is None:
             return None
-        first = layer is self.layers[self.layer]
         hidden = args[0] if args else kwargs["hidden_states"]
         if call.inner is not None:
-            if first:
-                assert call.report is not None
-                off = torch.autocast(hidden.device.type, enabled=False)
-                with call.report.clock.stage("inner", hidden.device), torch.no_grad(), off:
-                    owners = self._owners(call, hidden)
-                hidden = self._merge(call, hidden, owners, kwargs)
+            if layer is self.first:
+                hidden = self._merged(call, hidden, kwargs)
             arguments = call.inner.arguments
             if arguments and self._linear(layer):
                 arguments = {**arguments, "attention_mask": call.inner.linear_mask}
@@ -192,7 +196,7 @@ class InnerStage:
         # linear layer's mask is about the new tokens alone.
         if self._linear(layer):
             return None
-        if layer is self.layers[self.measured]:
+        if layer is self.first_measured:
             needed = kwargs.get("attention_mask") is not None or step.state.inner_padded
             mask = None
             if needed:
@@ -207,9 +211,17 @@ class InnerStage:
         return args, {**kwargs, **_on(step.arguments, hidden.device)}
 
     def _linear(self, layer: nn.Module) -> bool:
-        return self.types[next(i for i, x in enumerate(self.layers) if x is layer)] == "linear_attention"
+        return any(layer is x for x in self.linear)
 
     # ------------------------------------------------------------------ the merge
+
+    @torch.compiler.disable
+    def _merged(self, call: Call, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        assert call.report is not None
+        off = torch.autocast(hidden.device.type, enabled=False)
+        with call.report.clock.stage("inner", hidden.device), torch.no_grad(), off:
+            owners = self._owners(call, hidden)
+        return self._merge(call, hidden, owners, kwargs)
 
     def _owners(self, call: Call, hidden: Tensor) -> Tensor | None:
         """[B, V] int64, the owner of every entering video token; None if nothing goes."""

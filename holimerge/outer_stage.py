@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .allocation import largest_remainder
-from .call import CALL, PROMPT, Call, Prompt, Source, videos_by_row
+from .call import CALL, PROMPT, Call, Placed, Prompt, Source, videos_by_row
 from .config import ConfigError
 from .cost import largest_budget
 from .encoding import Encoded, Grid, Request
@@ -100,27 +100,29 @@ class OuterStage:
         report.videos += [
             VideoReport(placement, (grid.rows, grid.columns)) for placement, grid in zip(placements, whole, strict=True)
         ]
-        output.placements, output.report, output.frames = placements, report, frames
-        output.count = len(output.pooler_output)
         source.dropping = source.dropping or any(p.record.kept < p.record.total for p in placements)
+        placed = Placed(placements, len(output.pooler_output), frames)
         if isinstance(source, Call):
-            source.sources[kind] = self.source(kind, output, source)
+            source.sources[kind] = self.source(kind, placed, placed.count, source)
             return output
-        source.placements += placements
+        source.placed[kind] = placed
         if source.chunked and source.dropping:
             self._check_finite(output)
         return output
 
-    def source(self, kind: str, output: Any, call: Call) -> Source:
-        """Where the videos of encoded features stand in a forward, also after `generate` repeated rows for beams."""
+    def source(self, kind: str, placed: Placed | None, count: int, call: Call) -> Source:
+        """Where the videos of encoded features stand in a forward.
+
+        Args:
+            placed: None in a chunk of a prompt.
+            count: entries of the features' container, more than `placed` says after `generate` repeated rows for beams.
+        """
         mask = self.handle.family.placeholders(self.handle.core, kind, call.input_ids, call.inputs_embeds)
-        placements: list[Placement] | None = getattr(output, "placements", None)
-        if placements is None:  # a chunk of a prompt
+        if placed is None:
             return Source(mask, None)
-        times = len(output.pooler_output) // output.count
-        if output.frames is not None:
-            inside = [row for row in output.frames.inside for _ in range(times)]
-            mask = FrameImages([], inside).within(mask)
+        times, placements = count // placed.count, placed.placements
+        if placed.frames is not None:
+            mask = FrameImages([], [row for row in placed.frames.inside for _ in range(times)]).within(mask)
         if times > 1:
             rows = Source(mask[::times], placements).by_row()
             placements = [placements[v] for row in rows for _ in range(times) for v in row]
