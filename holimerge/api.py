@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from .config import Config, load_config
 from .handle import Handle
-from .registry import family_module, list_families
+from .registry import REFUSED, family_module, list_families
 from .report import Report
 
 TESTED_TRANSFORMERS = ("5.16", "5.23")
@@ -78,6 +78,8 @@ def patch_model(model: ModelT, cfg: ConfigLike) -> ModelT:
     model_type = getattr(getattr(inner, "config", None), "model_type", None)
     if not isinstance(inner, PreTrainedModel) or model_type not in list_families() or not inner.can_generate():
         what = type(inner).__name__ + (f" (model_type {model_type!r})" if model_type else "")
+        if model_type in REFUSED:
+            raise TypeError(f"cannot patch {what}: {REFUSED[model_type]}")
         raise TypeError(
             f"cannot patch {what}; supported are the generating models of these families: {', '.join(list_families())}"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
@@ -88,7 +88,7 @@ class OuterOptions(Section):
 class Inner(Section):
     """Merging inside the LLM, once, at decoder layer `layer`.
 
-    layer: an index of at least 1, or a share of the depth in (0, 1).
+    layer: an index of at least 1, or a share of the depth in (0, 1): the nearest layer that the model allows.
     retain: share of the prompt's entering video tokens that is kept, in (0, 1].
     merge: mean (weighted by the tokens each holds, order-independent), pairwise (the authors' running average),
         drop (nothing is merged, as FastV).
@@ -109,11 +109,15 @@ class Inner(Section):
             )
         return value
 
-    def resolve(self, depth: int) -> int:
-        """The decoder layer's index in a model of `depth` layers; ConfigError if there is no such layer."""
+    def resolve(self, depth: int, valid: Sequence[int] = ()) -> int:
+        """The decoder layer's index in a model of `depth` layers; ConfigError if there is no such layer.
+
+        A share of the depth goes to the nearest of the `valid` layers, if they are given (the lower of two).
+        """
         layer = self.layer
         if isinstance(layer, float):
-            layer = min(max(1, round(layer * depth)), depth - 1)
+            wanted = min(max(1, round(layer * depth)), depth - 1)
+            layer = min(valid, key=lambda k: (abs(k - wanted), k), default=wanted)
         if not 1 <= layer < depth:
             raise ConfigError(
                 f"inner.layer: {self.layer} is not a layer of this model; valid: 1 to {depth - 1}, "

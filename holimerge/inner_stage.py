@@ -64,22 +64,20 @@ class InnerStage:
         self.handle, self.options = handle, options
         config: Any = handle.lm.config
         self.layers: Any = handle.lm.layers
-        self.layer = options.resolve(len(self.layers))
-        deepstack = handle.family.deepstack(handle.core)
-        if self.layer < deepstack:
-            raise ConfigError(
-                f"inner.layer: {self.layer} is too low: this model adds features of its vision tower after each of the "
-                f"layers 0 to {deepstack - 1}; valid: {deepstack} to {len(self.layers) - 1}"
-            )
-        self.types = list(getattr(config, "layer_types", None) or ["full_attention"] * len(self.layers))
-        others = sorted(set(self.types[self.layer :]) - {"full_attention", "linear_attention"})
+        depth, deepstack = len(self.layers), handle.family.deepstack(handle.core)
+        self.types = list(getattr(config, "layer_types", None) or ["full_attention"] * depth)
         full = [i for i, kind in enumerate(self.types) if kind == "full_attention"]
-        if others or self.types[self.layer - 1] != "full_attention":
-            good = [i + 1 for i in full if i + 1 < len(self.types)]
+        # full attention below it, whose scores rank the tokens; no windows above it; above what deepstack adds
+        windows = [i for i, kind in enumerate(self.types) if kind not in ("full_attention", "linear_attention")]
+        lowest = max([1, deepstack, *(i + 1 for i in windows)])
+        valid = [i + 1 for i in full if lowest <= i + 1 < depth]
+        self.layer = options.resolve(depth, valid)
+        if self.layer not in valid:
+            kinds = ", ".join(sorted(set(self.types)))
+            added = f", and it adds features of its vision tower up to layer {deepstack - 1}" if deepstack else ""
             raise ConfigError(
-                f"inner.layer: {self.layer} needs full attention in layer {self.layer - 1}, whose scores rank the "
-                f"tokens, and no window after it; this model's layers are {', '.join(sorted(set(self.types)))}"
-                + (f"; valid: {', '.join(map(str, good))}" if good and not others else "")
+                f"inner.layer: {self.layer} cannot be used: the layer below must be one of full attention, with no "
+                f"windows above (this model has {kinds}{added}); valid: {', '.join(map(str, valid)) or 'none'}"
             )
         # where the shorter cache's length can be read: linear layers keep no tokens
         self.measured = next((i for i in full if i >= self.layer), self.layer)

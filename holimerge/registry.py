@@ -17,6 +17,17 @@ def nearest(word: object, choices: Iterable[str]) -> str:
     return f"; did you mean '{found[0]}'?" if found else "."
 
 
+# Model types that look as if they could be patched, and why they are not.
+REFUSED = {
+    "qwen2_5_omni": "patch its thinker: patch_model(model.thinker, cfg); the talker reads hidden states of every token",
+    "qwen3_omni_moe": "its thinker is not supported yet",
+    "perception_lm": "it encodes videos and images by one function that does not say which it was given",
+    "video_llava": "its frames are tokens of an image encoder of their own; not supported",
+    "llava": "the lmms-lab LLaVA-Video checkpoints are converted by `holimerge convert-llava-video`; other models of "
+    "this type take no videos",
+}
+
+
 @cache
 def _modules(package: str) -> tuple[str, ...]:
     found = importlib.import_module(package)
