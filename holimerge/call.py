@@ -141,6 +141,15 @@ class Prompt:
     placed: dict[str, Placed] = field(default_factory=dict)
 
     @property
+    def unseen(self) -> int:
+        """Its tokens that are not in the cache: `generate` takes them alone, or with those before them."""
+        given = self.input_ids if self.input_ids is not None else self.inputs_embeds
+        assert given is not None
+        mask = self.attention_mask
+        whole = self.input_ids is None or mask is None or mask.shape[1] == given.shape[1]
+        return given.shape[1] - self.seen if whole and given.shape[1] > self.seen else given.shape[1]
+
+    @property
     def placements(self) -> list[Placement]:
         """One per video, of one kind after the other."""
         return [placement for placed in self.placed.values() for placement in placed.placements]

@@ -13,6 +13,7 @@ from transformers.masking_utils import create_causal_mask
 
 from .attention import query_attention
 from .cache import CacheState, cache_state, held_length
+from .call import PROMPT
 from .config import ConfigError, Inner
 from .inner import choose_owners, merge_owned
 from .splice import continued_mask, extended, joined, right_aligned
@@ -110,6 +111,9 @@ class InnerStage:
         query = _last(packing.real)
         if call.labels is not None:
             query = self._before_answer(call, call.labels.to(packing.real.device))
+        elif (prompt := PROMPT.get()) is not None and prompt.handle is self.handle:
+            # assisted generation runs guesses behind the prompt, in the same forward
+            query = _last(packing.real & (packing.index < prompt.unseen))
         cache = packing.cache
         state = cache_state(cache)
         held = held_length(cache, self.measured)

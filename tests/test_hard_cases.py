@@ -8,68 +8,69 @@ from typing import Any
 
 import pytest
 import torch
-from test_laws import generate, handle_of, logits, preset, recomputed
-from toys import VIDEO, build, make_model, make_video, prompt
+from patching import (
+    answer_of,
+    assert_steps_close,
+    check_cached,
+    check_rows,
+    generate,
+    handle_of,
+    logits,
+    needs,
+    needs_chunked_prefill,
+    patch,
+    preset,
+    recomputed,
+)
+from toys import FAMILIES, TOYS, build, make_model, make_video, prompt
 from transformers import StaticCache
 
 import holimerge
 
 INNER = [False, True]
+PROMPT = ("input_ids", "attention_mask", "mm_token_type_ids")
 
 
-def check_cached(model: Any, family: str, x: dict[str, torch.Tensor], **kwargs: Any) -> Any:
-    """Cached generation equals recomputation from scratch with the same choices."""
-    out = generate(model, x, 4, **kwargs)
-    selection = handle_of(model).selection
-    steps = recomputed(model, family, x, out.sequences[:, x["input_ids"].shape[1] :], selection)
-    for ours, fresh in zip(out.logits, steps, strict=True):
-        torch.testing.assert_close(ours, fresh, atol=5e-4, rtol=0)
-    return out, selection
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
-def check_rows(model: Any, family: str, rows: list[list[Any]]) -> None:
-    """Every row of a batch gives what it gives alone."""
-    x = build(family, rows)
-    out, selection = check_cached(model, family, x)
-    video = 0
-    for i, row in enumerate(rows):
-        count = sum(isinstance(part, torch.Tensor) for part in row)
-        mine = selection.of(list(range(video, video + count)), [i])
-        video += count
-        with handle_of(model).replaying(mine):
-            alone = generate(model, build(family, [row]), 4)
-        for a, b in zip(out.logits, alone.logits, strict=True):
-            torch.testing.assert_close(a[i], b[0], atol=5e-4, rtol=0)
+def check_batch(model: Any, family: str, rows: list[list[Any]]) -> None:
+    """A batch equals its recomputation, and every row of it the row alone."""
+    check_rows(model, family, rows, *check_cached(model, family, build(family, rows)))
 
 
 @pytest.mark.parametrize("inner", INNER)
 @pytest.mark.parametrize("positions", ["contiguous", "original"])
 @pytest.mark.parametrize("long", ["text", "image"])
 def test_a_short_video_beside_a_row_that_loses_nothing_and_is_longer(family, inner, positions, long):
+    needs(family, inner=inner, positions=positions)
     model = make_model(family)
-    holimerge.patch_model(model, preset("holimerge-25", inner, positions=positions))
+    patch(model, preset("holimerge-25", inner, positions=positions))
     image = ("image", make_video(family, frames=2, side=(24, 24), seed=5)[0])
     other = [20, image, *range(21, 60)] if long == "image" else list(range(5, 85)) * 2
-    check_rows(model, family, [[5, make_video(family, frames=4), 6, 7], other])
+    check_batch(model, family, [[5, make_video(family, frames=4), 6, 7], other])
 
 
 @pytest.mark.parametrize("positions", ["contiguous", "original"])
 def test_a_video_that_fits_whole_beside_one_that_does_not(family, positions):
+    needs(family, positions=positions)
     model = make_model(family)
-    holimerge.patch_model(
+    patch(
         model, {"method": "holitom", "budget": {"tokens": 24}, "outer": {"positions": positions}, "inner": {"layer": 2}}
     )
     big = make_video(family, frames=8, side=(32, 48))
-    small = make_video(family, frames=8 if family == "llava_onevision" else 2, seed=2)
-    check_rows(model, family, [[5, big, 6, 7], [8, 9, small, 10, 11]])
+    small = make_video(family, frames=8 if TOYS[family].equal_frames else 2, seed=2)
+    check_batch(model, family, [[5, big, 6, 7], [8, 9, small, 10, 11]])
 
 
 @pytest.mark.parametrize("name", ["holimerge-25", "holitom-25"])
 def test_image_and_video_in_one_prompt(family, name):
     model = make_model(family)
-    holimerge.patch_model(model, preset(name))
+    patch(model, preset(name))
     image = ("image", make_video(family, frames=2, side=(24, 24), seed=5)[0])
-    check_rows(model, family, [[5, image, 6, make_video(family), 7], [8, make_video(family, seed=1), image, 9, 10]])
+    check_batch(model, family, [[5, image, 6, make_video(family), 7], [8, make_video(family, seed=1), image, 9, 10]])
 
 
 @pytest.mark.parametrize("inner", INNER)
@@ -77,18 +78,20 @@ def test_image_and_video_in_one_prompt(family, name):
 @pytest.mark.parametrize("order", ["raster", "segment"])
 @pytest.mark.parametrize("rest", [[], [7, 8]])
 def test_a_prompt_that_begins_or_ends_with_its_video(family, inner, positions, order, rest):
+    needs(family, inner=inner, positions=positions, order=order)
+    toy = TOYS[family]
     model = make_model(family)
-    holimerge.patch_model(model, preset("holimerge-25", inner, positions=positions, order=order))
+    patch(model, preset("holimerge-25", inner, positions=positions, order=order))
     x = build(family, [[make_video(family), *rest]])
-    if family == "qwen2_5_vl" and not rest:  # without the end marker the prompt's last token is a video token
-        x = {k: v[:, :-1] if k in ("input_ids", "attention_mask", "mm_token_type_ids") else v for k, v in x.items()}
-        assert x["input_ids"][0, -1] == VIDEO
-    if family == "qwen2_5_vl" and not rest and positions == "original":
+    if not rest:  # the prompt's last token is a video token
+        x = toy.only_placeholders_at_the_end(x)
+        assert x["input_ids"][0, -1] == toy.placeholder
+    if toy.mrope and not rest and positions == "original":
         # Stock generation goes on from the video's last position on every axis, a recomputation from the largest; the
         # answers differ unpatched too. The prompt's own logits must agree.
         out = generate(model, x, 1)
         fresh = recomputed(model, family, x, out.sequences[:, -1:], handle_of(model).selection)
-        torch.testing.assert_close(out.logits[0], fresh[0], atol=5e-4, rtol=0)
+        assert_steps_close(out.logits, fresh)
     else:
         out, _ = check_cached(model, family, x)
     assert out.logits[0].abs().max() > 0
@@ -96,9 +99,9 @@ def test_a_prompt_that_begins_or_ends_with_its_video(family, inner, positions, o
 
 def test_the_answer_right_after_a_video_is_predicted_by_its_last_kept_token(family):
     model = make_model(family)
-    holimerge.patch_model(model, preset("holimerge-25", inner=False))
+    patch(model, preset("holimerge-25", inner=False))
     x = build(family, [[5, make_video(family), 40, 41]])
-    end = int((x["input_ids"][0] == VIDEO).nonzero()[-1])
+    end = int((x["input_ids"][0] == TOYS[family].placeholder).nonzero()[-1])
     with torch.no_grad():
         full = logits(model, x)[0]
     assert (full[end] != 0).any()
@@ -110,29 +113,31 @@ def test_the_answer_right_after_a_video_is_predicted_by_its_last_kept_token(fami
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 7, 16])
-def test_chunks_of_any_size_prefill_alike(chunk):
-    for family in ("llava_onevision", "qwen2_5_vl"):
-        model = make_model(family)
-        holimerge.patch_model(model, preset("holimerge-25", inner=False))
-        x = build(family, [[5, make_video(family), 6, 7], [8, make_video(family, seed=1), 9, 10, 11]])
-        try:
-            chunked = generate(model, x, 3, prefill_chunk_size=chunk)
-        except (TypeError, ValueError):
-            pytest.skip("this transformers cannot prefill a video in chunks, patched or not")
-        assert len(holimerge.last_report(model).videos) == 2
-        for a, b in zip(chunked.logits, generate(model, x, 3).logits, strict=True):
-            torch.testing.assert_close(a, b, atol=5e-4, rtol=0)
-
-
-def test_chunks_that_cannot_be_right_are_refused(family):
+def test_chunks_of_any_size_prefill_alike(family, chunk):
     model = make_model(family)
-    holimerge.patch_model(model, preset("holimerge-25", inner=False, order="segment", positions="original"))
+    needs_chunked_prefill(family, model)
+    patch(model, preset("holimerge-25", inner=False))
+    x = build(family, [[5, make_video(family), 6, 7], [8, make_video(family, seed=1), 9, 10, 11]])
+    chunked = generate(model, x, 3, prefill_chunk_size=chunk)
+    assert len(holimerge.last_report(model).videos) == 2
+    assert_steps_close(chunked.logits, generate(model, x, 3).logits)
+
+
+def test_chunks_of_segment_order_and_original_positions_are_refused(family):
+    needs(family, positions="original", order="segment")
+    model = make_model(family)
+    patch(model, preset("holimerge-25", inner=False, order="segment", positions="original"))
     with pytest.raises(ValueError, match="prefill_chunk_size"):
         generate(model, prompt(family), prefill_chunk_size=8)
-    if family == "qwen2_5_vl":
-        holimerge.patch_model(model, preset("holitom-25", inner=False))
-        with pytest.raises(ValueError, match="prefill_chunk_size"):
-            generate(model, prompt(family), prefill_chunk_size=8)
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if TOYS[name].mrope])
+def test_chunks_of_contiguous_positions_of_several_axes_are_refused(family):
+    needs(family, positions="contiguous")
+    model = make_model(family)
+    patch(model, preset("holitom-25", inner=False))
+    with pytest.raises(ValueError, match="prefill_chunk_size"):
+        generate(model, prompt(family), prefill_chunk_size=8)
 
 
 def conversation(
@@ -145,15 +150,13 @@ def conversation(
     y = build(family, [second])
     ids = torch.cat([out.sequences, y["input_ids"]], 1)
     full = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    both = build(
-        family, [[p for p in first if isinstance(p, torch.Tensor)] + [p for p in second if isinstance(p, torch.Tensor)]]
-    )
-    if family == "qwen2_5_vl":
+    both = build(family, [[p for p in (*first, *second) if isinstance(p, torch.Tensor)]])
+    if "mm_token_type_ids" in x:
         gap = torch.zeros(1, ids.shape[1] - x["input_ids"].shape[1] - y["input_ids"].shape[1]).int()
         full["mm_token_type_ids"] = torch.cat([x["mm_token_type_ids"], gap, y["mm_token_type_ids"]], 1)
-        grids = {k: both[k] for k in ("video_grid_thw", "second_per_grid_ts")}
-        full["position_ids"] = model._prepare_position_ids_for_generation(ids, {**full, **grids})
-    again = {**full, **{k: y[k] for k in ("pixel_values_videos", "video_grid_thw") if k in y}}
+    if TOYS[family].mrope:
+        full["position_ids"] = model._prepare_position_ids_for_generation(ids, {**both, **full})
+    again = {**full, **{k: v for k, v in y.items() if k not in PROMPT}}
     result = generate(model, again, 3, past_key_values=out.past_key_values)
     selections.append(handle_of(model).selection)
     fresh = {**both, **{k: v for k, v in full.items() if k != "position_ids"}}
@@ -165,29 +168,29 @@ def conversation(
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("first", ["video", "text"])
 def test_a_second_turn_with_a_video(family, inner, name, static, first):
+    needs(family, inner=inner, mode="static cache" if static else None)
+    toy = TOYS[family]
     model = make_model(family)
-    holimerge.patch_model(model, preset(name, inner))
+    patch(model, preset(name, inner))
     # the second video is so short that at 10 % the inner merge has nothing left to merge in it
-    two = make_video(family, frames=6 if family == "llava_onevision" else 2, seed=3)
+    two = make_video(family, frames=6 if toy.equal_frames else 2, seed=3)
     cache = StaticCache(config=model.config, max_cache_len=400) if static else None
     opening = [5, make_video(family), 6, 7] if first == "video" else [5, 6, 7, 8, 9]
     out, fresh, selections = conversation(model, family, opening, [8, two, 9, 10], cache)
     records = [r for s in selections for r in s.outer]
-    answer = out.sequences[:, fresh["input_ids"].shape[1] :]
-    if inner and first == "video":
+    if (inner or toy.one_video_a_row) and first == "video":
         # recomputation merges both turns at once; only the second turn's own choice can be replayed row by row
         assert all(torch.isfinite(step).all() for step in out.logits)
         return
-    owners = selections[-1].inner
-    selection = type(selections[0])(records, owners)
-    for ours, step in zip(out.logits, recomputed(model, family, fresh, answer, selection), strict=True):
-        torch.testing.assert_close(ours, step, atol=5e-4, rtol=0)
+    selection = type(selections[0])(records, selections[-1].inner)
+    assert_steps_close(out.logits, recomputed(model, family, fresh, answer_of(out, fresh), selection))
 
 
 @pytest.mark.parametrize("inner", INNER)
 def test_static_and_dynamic_caches_agree_over_two_turns_of_padded_rows(family, inner):
+    needs(family, inner=inner, mode="static cache")
     model = make_model(family)
-    holimerge.patch_model(model, preset("holimerge-25", inner))
+    patch(model, preset("holimerge-25", inner))
     results = []
     for static in (False, True):
         cache = StaticCache(config=model.config, max_cache_len=400) if static else None
@@ -201,40 +204,43 @@ def test_static_and_dynamic_caches_agree_over_two_turns_of_padded_rows(family, i
             kinds = torch.zeros(2, ids.shape[1] - y["input_ids"].shape[1]).int()
             z["mm_token_type_ids"] = torch.cat([kinds, y["mm_token_type_ids"]], 1)
         results.append(generate(model, z, 3, past_key_values=out.past_key_values).logits)
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, atol=5e-4, rtol=0)
+    assert_steps_close(*results)
 
 
 def test_a_flops_budget_in_a_forward_over_a_filled_cache(family):
     model = make_model(family)
-    holimerge.patch_model(model, {"method": "holitom", "budget": {"flops": 0.6}})
+    patch(model, {"method": "holitom", "budget": {"flops": 0.6}})
     with torch.no_grad():
         first = model(**build(family, [[5, 6, 7, 8]]), use_cache=True)
         y = build(family, [[9, make_video(family), 10]])
         mask = torch.ones(1, 4 + y["input_ids"].shape[1]).long()
-        extra = {} if family == "llava_onevision" else {"position_ids": torch.arange(4, mask.shape[1]).expand(3, 1, -1)}
-        model(**{**y, "attention_mask": mask}, **extra, past_key_values=first.past_key_values)
+        if TOYS[family].mrope:
+            y["position_ids"] = torch.arange(4, mask.shape[1]).expand(3, 1, -1)
+        model(**{**y, "attention_mask": mask}, past_key_values=first.past_key_values)
     video = holimerge.last_report(model).videos[0]
     assert 0 < video.entering < video.features
 
 
-def test_a_cache_of_another_configuration_is_refused(family):
+@pytest.mark.parametrize("changed", ["inner", "positions"])
+def test_a_cache_of_another_configuration_is_refused(family, changed):
+    configs = {
+        "inner": [preset("holimerge-25", inner) for inner in (True, False)],
+        "positions": [preset("holimerge-25", positions=positions) for positions in ("contiguous", "original")],
+    }
+    if changed == "inner":
+        needs(family, inner=True)
+    else:
+        needs(family, positions="contiguous")
+        needs(family, positions="original")
     model = make_model(family)
-    x = prompt(family)
-    for before, after in [("inner", "outer"), ("contiguous", "original")]:
-        configs = {
-            "inner": preset("holimerge-25"),
-            "outer": preset("holimerge-25", inner=False),
-            "contiguous": preset("holimerge-25", positions="contiguous"),
-            "original": preset("holimerge-25", positions="original"),
-        }
-        holimerge.patch_model(model, configs[before])
-        out = generate(model, x)
-        holimerge.patch_model(model, configs[after])
-        ids = torch.cat([out.sequences, torch.tensor([[14]])], 1)
-        more = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        with pytest.raises(RuntimeError, match="another configuration"):
-            generate(model, more, past_key_values=out.past_key_values)
+    before, after = configs[changed]
+    patch(model, before)
+    out = generate(model, prompt(family))
+    patch(model, after)
+    ids = torch.cat([out.sequences, torch.tensor([[14]])], 1)
+    more = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with pytest.raises(RuntimeError, match="another configuration"):
+        generate(model, more, past_key_values=out.past_key_values)
 
 
 @pytest.mark.parametrize("use_cache", [None, False])
@@ -244,9 +250,9 @@ def test_gradients_flow_and_checkpointing_with_an_inner_merge_is_refused(family,
     labels = x["input_ids"].where(torch.arange(x["input_ids"].shape[1]) >= x["input_ids"].shape[1] - 2, -100)
     losses = []
     for checkpointing in (False, True):
-        for inner in INNER:
+        for inner in INNER if TOYS[family].inner_layers else [False]:
             model.zero_grad()
-            holimerge.patch_model(model, preset("holimerge-25", inner))
+            patch(model, preset("holimerge-25", inner))
             if checkpointing:
                 model.gradient_checkpointing_enable({"use_reentrant": False})
             if checkpointing and inner:
@@ -264,7 +270,7 @@ def test_gradients_flow_and_checkpointing_with_an_inner_merge_is_refused(family,
 
 def test_caches_can_be_copied(family):
     model = make_model(family)
-    holimerge.patch_model(model, preset("holimerge-25"))
+    patch(model, preset("holimerge-25"))
     cache = generate(model, prompt(family)).past_key_values
     for twin in (copy.deepcopy(cache), copy.copy(cache)):
         assert type(twin) is type(cache)
@@ -274,7 +280,7 @@ def test_caches_can_be_copied(family):
 
 def test_a_thread_that_only_watches_sees_the_latest_report(family):
     model = make_model(family)
-    holimerge.patch_model(model, preset("holimerge-25"))
+    patch(model, preset("holimerge-25"))
     worker = threading.Thread(target=generate, args=(model, prompt(family)))
     worker.start()
     worker.join()
@@ -283,7 +289,7 @@ def test_a_thread_that_only_watches_sees_the_latest_report(family):
 
 def test_autocast_does_not_touch_decisions(family):
     model = make_model(family)
-    holimerge.patch_model(model, preset("holimerge-25"))
+    patch(model, preset("holimerge-25"))
     x = prompt(family)
     tokens = torch.randn(3, 20, 8)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -295,7 +301,7 @@ def test_autocast_does_not_touch_decisions(family):
 
 def test_a_selection_without_inner_choices_replays_the_outer_ones_and_chooses_the_rest(family):
     model = make_model(family)
-    holimerge.patch_model(model, preset("holimerge-25"))
+    patch(model, preset("holimerge-25"))
     x = prompt(family)
     expected = logits(model, x)
     chosen = handle_of(model).selection

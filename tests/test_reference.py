@@ -1,6 +1,7 @@
 """A patched forward against one built by hand: stock modules called one by one, choices made by the slow oracle.
 
-Nothing here uses holimerge's hooks, packing, attention scores or merging; only stock layers and `oracle`.
+Nothing here uses holimerge's hooks, packing, attention scores or merging; only stock layers and `oracle`. Features and
+the attention they receive come from a family's toy, which reads them off the stock model.
 """
 
 from __future__ import annotations
@@ -8,81 +9,44 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
 import oracle
 import pytest
 import torch
-from toys import VIDEO, build, make_model, make_video
+from patching import handle_of, needs, patch
+from toys import FAMILIES, TOYS, Toy, build, make_model, make_video
 
 import holimerge
 
 
-def received_by_hand(model: Any, family: str, x: dict[str, torch.Tensor]) -> np.ndarray:
-    """[T, N]: attention received in the last vision layer, from eager weights, pooled as the features are."""
-    maps = []
-    core = model.model
-    if family == "llava_onevision":
-        layer = core.vision_tower.encoder.layers[-1].self_attn
-        hook = layer.register_forward_hook(lambda _m, _a, out: maps.append(out[1]))
-        core.get_video_features(x["pixel_values_videos"])
-        hook.remove()
-        received = maps[0].mean((1, 2))  # [T, P]
-        return core.apply_pooling(received[..., None])[..., 0].numpy()
-    # Qwen returns no weights: from the block's own projections, in the tower's windowed order
-    visual, seen = core.visual, {}
-    block = visual.blocks[-1].attn
-    hook = block.register_forward_pre_hook(lambda _m, a, k: seen.update(h=a[0], **k), with_kwargs=True)
-    marker: dict[str, torch.Tensor] = {}
-    merger = visual.merger.register_forward_hook(lambda _m, a, out: marker.update(n=out))
-    features = core.get_video_features(x["pixel_values_videos"], x["video_grid_thw"]).pooler_output[0]
-    hook.remove()
-    merger.remove()
-    hidden = seen["h"]
-    q, k, _ = block.qkv(hidden).view(len(hidden), 3, block.num_heads, -1).permute(1, 2, 0, 3)
-    cos, sin = seen["position_embeddings"]
-
-    def rotated(t: torch.Tensor) -> torch.Tensor:
-        half = t.shape[-1] // 2
-        return t * cos + torch.cat([-t[..., half:], t[..., :half]], -1) * sin
-
-    q, k = rotated(q), rotated(k)
-    frames, rows, columns = x["video_grid_thw"][0].tolist()
-    span = rows * columns
-    received = [
-        oracle.received_attention(
-            q[:, t * span : (t + 1) * span].double().numpy(),
-            k[:, t * span : (t + 1) * span].double().numpy(),
-            block.scaling,
-        )
-        for t in range(frames)
-    ]
-    grouped = np.concatenate(received).reshape(-1, 4).mean(1)
-    # find the raster order by matching feature rows
-    order = [int((marker["n"] - f).abs().sum(-1).argmin()) for f in features]
-    assert sorted(order) == list(range(len(order)))
-    return grouped[order].reshape(frames, -1)
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    if TOYS[request.param].not_by_hand:
+        pytest.skip(f"{request.param}: {TOYS[request.param].not_by_hand}")
+    return request.param
 
 
-def reduce_by_hand(model: Any, family: str, x: dict[str, torch.Tensor], **rules: Any) -> tuple[Any, torch.Tensor]:
-    core = model.model
-    if family == "llava_onevision":
-        frames = x["pixel_values_videos"].shape[1]
-        # without the newline, which older versions of transformers append later
-        features = core.get_video_features(x["pixel_values_videos"]).pooler_output[0, : frames * 16]
-    else:
-        features = core.get_video_features(x["pixel_values_videos"], x["video_grid_thw"]).pooler_output[0]
-        frames = int(x["video_grid_thw"][0, 0])
-    scores = received_by_hand(model, family, x)
-    grid = features.view(frames, -1, features.shape[-1]).double().numpy()
-    result = oracle.reduce_video(grid, scores, **rules)
-    return result, torch.tensor(result.merge(features.double().numpy()), dtype=features.dtype)
+def reduce_by_hand(toy: Toy, model: Any, x: dict[str, torch.Tensor], **rules: Any) -> tuple[Any, list[torch.Tensor]]:
+    """The oracle's choices, and by them the merged features of every level, [K, D] each."""
+    levels = toy.features(model, x)
+    scores = toy.received(model, x)
+    result = oracle.reduce_video(levels[0].view(*scores.shape, -1).double().numpy(), scores, **rules)
+    return result, [torch.tensor(result.merge(y.double().numpy()), dtype=y.dtype) for y in levels]
 
 
 def language_by_hand(
-    model: Any, embeds: torch.Tensor, positions: torch.Tensor, video: torch.Tensor, sizes: torch.Tensor, inner: Any
+    lm: Any,
+    embeds: torch.Tensor,
+    positions: torch.Tensor,
+    video: torch.Tensor,
+    sizes: torch.Tensor,
+    inner: Any,
+    deepstack: list[torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Final hidden states of the entries that are left, and which they are; attention weights from eager layers."""
-    lm = model.model.language_model
+    """Final hidden states of the entries that are left, and which they are; attention weights from eager layers.
+
+    deepstack: what is added to the video's entries after layers 0, 1, ...
+    """
+    assert inner is None or inner["layer"] >= len(deepstack)
     hidden, rows, weights = embeds[None], torch.arange(len(embeds)), torch.empty(0)
     for index, layer in enumerate(lm.layers):
         if inner is not None and index == inner["layer"]:
@@ -104,6 +68,8 @@ def language_by_hand(
         hidden = layer(hidden, attention_mask=mask, position_embeddings=table)
         hook.remove()
         weights = got["w"]
+        if index < len(deepstack):
+            hidden = hidden.index_add(1, video.nonzero().flatten(), deepstack[index][None])
     return lm.norm(hidden)[0], rows
 
 
@@ -111,12 +77,13 @@ def language_by_hand(
 @pytest.mark.parametrize("rule", ["authors", "exact", "exact-segment-original"])
 @pytest.mark.parametrize("seed", range(4))
 def test_a_patched_forward_equals_one_built_by_hand(family, merge, rule, seed):
-    model = make_model(family, attn="eager", seed=seed)
-    video = make_video(family, frames=8, seed=seed)
-    x = build(family, [[5, 6, video, 7, 8, 9]])
     exact = rule != "authors"
     order = "raster" if rule == "exact" else "segment"
     positions = {"authors": "contiguous", "exact": "auto", "exact-segment-original": "original"}[rule]
+    needs(family, inner=merge is not None, positions=positions, order=order)
+    toy = TOYS[family]
+    model = make_model(family, attn="eager", seed=seed)
+    x = build(family, [[5, 6, make_video(family, frames=8, seed=seed), 7, 8, 9]])
     cfg: dict[str, Any] = {
         "method": "holitom",
         "budget": {"retain": 0.3, "exact": exact},
@@ -124,53 +91,39 @@ def test_a_patched_forward_equals_one_built_by_hand(family, merge, rule, seed):
     }
     inner = None
     if merge is not None:
-        inner = cfg["inner"] = {"layer": 2, "retain": 0.5, "merge": merge}
+        layer = 2 if 2 in toy.inner_layers else toy.inner_layers[0]
+        inner = cfg["inner"] = {"layer": layer, "retain": 0.5, "merge": merge}
 
     with torch.no_grad():
         rules = {"exact": exact, "tau": 0.7, "order": order, "retain": 0.3}
-        result, kept = reduce_by_hand(model, family, x, **rules)
+        result, (kept, *deepstack) = reduce_by_hand(toy, model, x, **rules)
         ids = x["input_ids"][0]
-        where = (ids == VIDEO).nonzero().flatten()
-        newline = family == "llava_onevision"
-        embeds, slots, is_video, size = [], [], [], []
-        text = model.get_input_embeddings()(ids)
-        anchors = [int(where[k.anchor]) for k in result.kept]
-        for j, token in enumerate(ids.tolist()):
-            if token != VIDEO:
-                embeds.append(text[j]), slots.append(j), is_video.append(False), size.append(1)
-            elif j == where[0]:  # the whole video, in sequence order
-                embeds += list(kept)
-                slots += anchors
-                is_video += [True] * len(kept)
-                size += [len(k.members) for k in result.kept]
-            if newline and j == where[-1]:
-                embeds.append(model.model.image_newline), slots.append(j), is_video.append(False), size.append(1)
-        original = torch.tensor(slots)
-        if positions == "contiguous" or (positions == "auto" and family == "llava_onevision"):
-            place = torch.arange(len(slots))[None]
-            place = place if family == "llava_onevision" else place.expand(3, 1, -1)
-        elif family == "llava_onevision":
-            place = original[None]
-        else:
-            full, _ = model.model.get_rope_index(
-                x["input_ids"], x["mm_token_type_ids"], video_grid_thw=x["video_grid_thw"],
-                second_per_grid_ts=x["second_per_grid_ts"], attention_mask=x["attention_mask"],
-            )  # fmt: skip
-            place = full[:, :, original]
-        hidden, rows = language_by_hand(
-            model, torch.stack(embeds), place, torch.tensor(is_video), torch.tensor(size), inner
-        )
-        expected = model.lm_head(hidden)
+        placeholder = ids == toy.placeholder
+        where = placeholder.nonzero().flatten()
+        # in sequence order the kept tokens take the placeholders of their anchors, and the separators the last ones
+        anchors = torch.tensor([token.anchor for token in result.kept])
+        taken, separators = where[anchors.sort().values], toy.separators(model)
+        assert len(where) == result.total + len(separators)
+        embeds, size, origin = model.get_input_embeddings()(ids), torch.ones(len(ids)), torch.arange(len(ids))
+        is_video = torch.zeros(len(ids), dtype=torch.bool)
+        embeds[taken], is_video[taken], origin[taken] = kept, True, where[anchors]
+        embeds[where[result.total :]] = separators
+        size[taken] = torch.tensor([float(len(token.members)) for token in result.kept])
+        placeholder[taken] = placeholder[where[result.total :]] = False
+        columns = (~placeholder).nonzero().flatten()
+        place = toy.original_positions(model, x)[..., origin[columns]]
+        if positions == "contiguous" or (positions == "auto" and not toy.mrope):
+            place = torch.arange(len(columns)).expand_as(place)
+        lm = toy.language_model(model)
+        hidden, rows = language_by_hand(lm, embeds[columns], place, is_video[columns], size[columns], inner, deepstack)
+        expected = model.get_output_embeddings()(hidden)
 
-        holimerge.patch_model(model, cfg)
+        patch(model, cfg)
         logits = model(**x).logits[0]
-    record = model.__dict__["_holimerge_handle"].selection.outer[0]
-    assert record.anchor.tolist() == [k.anchor for k in result.kept]
-    slots_taken = sorted(original.tolist()) if order == "segment" else original.tolist()
-    columns = torch.tensor(slots_taken)[rows]
-    torch.testing.assert_close(logits[columns], expected, atol=1e-4, rtol=0)
+    assert handle_of(model).selection.outer[0].anchor.tolist() == anchors.tolist()
+    torch.testing.assert_close(logits[columns[rows]], expected, atol=1e-4, rtol=0)
     report = holimerge.last_report(model).videos[0]
     assert report.entering == len(result.kept)
     if inner is not None:
         assert report.after_inner == max(1, round(len(result.kept) * 0.5))
-        assert report.after_inner == int(torch.tensor(is_video)[rows].sum())
+        assert report.after_inner == int(is_video[columns][rows].sum())

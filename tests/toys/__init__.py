@@ -10,7 +10,7 @@ import torch
 
 from holimerge import list_families
 
-from .base import AUDIO, IMAGE, PAD, TEXT, VIDEO, VISION_END, VISION_START, Toy
+from .base import AUDIO, IMAGE, MODES, PAD, TEXT, VIDEO, VISION_END, VISION_START, Toy
 
 TOYS: dict[str, Toy] = {
     m.name: importlib.import_module(f"{__name__}.{m.name}").TOY
@@ -18,7 +18,7 @@ TOYS: dict[str, Toy] = {
     if m.name != "base" and m.name in list_families()
 }
 FAMILIES = sorted(TOYS)
-__all__ = ["AUDIO", "FAMILIES", "IMAGE", "PAD", "TEXT", "TOYS", "VIDEO", "VISION_END", "VISION_START", "Toy"]
+__all__ = ["AUDIO", "FAMILIES", "IMAGE", "MODES", "PAD", "TEXT", "TOYS", "VIDEO", "VISION_END", "VISION_START", "Toy"]
 
 
 def make_model(

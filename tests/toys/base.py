@@ -6,16 +6,34 @@ says only what is its own.
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar
 
+import numpy as np
+import oracle
 import torch
 from torch import Tensor
 
 VIDEO, IMAGE, PAD, VISION_START, VISION_END, AUDIO = 90, 91, 0, 92, 93, 94
 OUTER_START, OUTER_END = 4, 95  # a second pair: around a whole video, or around audio
 FPS = 2  # frames a second, where a prompt tells the time
+MODES = (
+    "image and video",
+    "beams",
+    "samples",
+    "static cache",
+    "prompt lookup",
+    "chunked prefill",
+    "video at the end",
+    "assistant",
+    "quantized cache",
+    "offloaded cache",
+    "embeds",
+)
 TEXT: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -37,26 +55,31 @@ class Toy(ABC):
 
     extra: keys every configuration needs for this family (`treat_images_as_video` where frames are images).
     inner_layers: decoder layers of a toy that an inner merge may sit at; empty where it is refused.
+    positions, orders: the values of `outer.positions` and `outer.order` that it takes, the usual one first.
     mrope: whether its positions have three axes, which the model works out from token types and grids.
     frame_size: (height, width) of its frames, None where any multiple of 8 will do.
+    equal_frames: whether all videos of a call must have the same number of frames.
     as_images: whether frames are handed over as images (there is no video input).
     markers: ids that a model must not write, beside those that all families know.
-    stock_fails: what the stock class itself cannot do with a video, and why: "image and video" in one call, "beams",
-        "samples" (several of one prompt), "static cache", "prompt lookup", "chunked prefill", "video at the end".
+    one_video_a_row: whether all frames of a row make one video, whatever stands between them.
+    images_are_frames: whether an image cannot be told from a frame, so that it is reduced as one.
+    stock_fails: what the stock class itself cannot do with a video (MODES), with the reason.
+    not_by_hand: why `test_reference` cannot build its decoder layer by layer; empty where it does.
     """
 
     extra: ClassVar[dict[str, Any]] = {}
     inner_layers: ClassVar[tuple[int, ...]] = (1, 2, 3)
+    positions: ClassVar[tuple[str, ...]] = ("contiguous", "original")
+    orders: ClassVar[tuple[str, ...]] = ("raster", "segment")
     mrope: ClassVar[bool] = False
     frame_size: ClassVar[tuple[int, int] | None] = None
+    equal_frames: ClassVar[bool] = False
     as_images: ClassVar[bool] = False
     markers: ClassVar[tuple[int, ...]] = ()
+    one_video_a_row: ClassVar[bool] = False
+    images_are_frames: ClassVar[bool] = False
     stock_fails: ClassVar[dict[str, str]] = {}
-
-    @property
-    def placeholder(self) -> int:
-        """The id that stands for a token of a video."""
-        return IMAGE if self.as_images else VIDEO
+    not_by_hand: ClassVar[str] = ""
 
     @abstractmethod
     def model(self, attn: str, **text: Any) -> Any:
@@ -81,6 +104,16 @@ class Toy(ABC):
     @abstractmethod
     def make_projector_linear(self, model: Any) -> None:
         """Take activation and norms out of the projector, in place."""
+
+    @property
+    def placeholder(self) -> int:
+        """The id that stands for one token of a video."""
+        return IMAGE if self.as_images else VIDEO
+
+    def videos(self, row: list[Any]) -> int:
+        """How many videos a row (as `build` takes it) holds in the family's eyes."""
+        count = sum(isinstance(part, Tensor) or (self.images_are_frames and isinstance(part, tuple)) for part in row)
+        return min(count, 1) if self.one_video_a_row else count
 
     def language_model(self, model: Any) -> Any:
         return model.model.language_model
@@ -108,6 +141,69 @@ class Toy(ABC):
         end = int((x["input_ids"][0] == self.placeholder).nonzero()[-1]) + 1
         cut = ("input_ids", "attention_mask", "mm_token_type_ids")
         return {k: v[:, :end] if k in cut else v for k, v in x.items()}
+
+    # ------------------------------------------- a prompt with one video, by hand: stock modules and eager weights only
+
+    def features(self, model: Any, x: dict[str, Tensor]) -> list[Tensor]:
+        """[T N, D] each: what the stock model makes of the video, then what deepstack adds after layers 0, 1, ..."""
+        raise NotImplementedError
+
+    def received(self, model: Any, x: dict[str, Tensor]) -> np.ndarray:
+        """[T, N]: the attention that each of these tokens receives in the tower."""
+        raise NotImplementedError
+
+    def separators(self, model: Any) -> Tensor:
+        """[S, D]: what stands at the video's placeholders after those of its tokens."""
+        return torch.empty(0, self.embed_dim(model))
+
+    def original_positions(self, model: Any, x: dict[str, Tensor]) -> Tensor:
+        """[1, L], or [3, 1, L] where positions have three axes: the stock model's positions of the prompt."""
+        return torch.arange(x["input_ids"].shape[1])[None]
+
+
+def eager_weights(attention: torch.nn.Module, run: Callable[[], Any]) -> Tensor:
+    """[T, heads, queries, keys]: the weights that a module of eager attention returned while `run` ran."""
+    maps: list[Tensor] = []
+    hook = attention.register_forward_hook(lambda _module, _args, out: maps.append(out[1]))
+    run()
+    hook.remove()
+    return torch.cat(maps)
+
+
+class FrameToy(Toy):
+    """Families without a video input: each frame is an image with a run of placeholders and text of its own.
+
+    A video's frame is one picture; an image is three, two tiles and the whole.
+    """
+
+    as_images = True
+    one_video_a_row = True
+    extra: ClassVar[dict[str, Any]] = {"treat_images_as_video": True}
+    frame_size = (32, 32)
+    per_frame: ClassVar[int] = 16
+
+    @abstractmethod
+    def begins_an_image(self, ids: list[int], start: int, length: int) -> bool:
+        """Whether the run of `length` placeholders at `start` of a row is the first of an image, and not a frame."""
+
+    def pictures(self, ids: Tensor, videos: list[Tensor], images: list[Tensor]) -> list[list[Tensor]]:
+        """The pictures [3, H, W] of each row in the order of their placeholders."""
+        frames, whole, rows = iter([frame for video in videos for frame in video]), iter(images), []
+        for row in ids.tolist():
+            waiting: list[Tensor] = []
+            rows.append([])
+            for is_picture, run in itertools.groupby(range(len(row)), lambda i, row=row: row[i] == IMAGE):
+                if not is_picture:
+                    continue
+                places = list(run)
+                if self.begins_an_image(row, places[0], len(places)):
+                    image = next(whole)
+                    waiting += [image.flip(1), image.flip(2), image]
+                for _ in range(len(places) // self.per_frame):
+                    rows[-1].append(waiting.pop(0) if waiting else next(frames))
+        assert next(frames, None) is None
+        assert next(whole, None) is None
+        return rows
 
 
 class PatchToy(Toy):
@@ -198,3 +294,38 @@ class PatchToy(Toy):
         merger = model.model.visual.merger
         merger.mlp[1] = torch.nn.Identity()
         merger.ln_q = torch.nn.Identity()
+
+    def features(self, model: Any, x: dict[str, Tensor]) -> list[Tensor]:
+        output = model.get_video_features(x["pixel_values_videos"], x["video_grid_thw"])
+        return [output.pooler_output[0], *(level[0] for level in getattr(output, "deepstack_features", None) or [])]
+
+    def received(self, model: Any, x: dict[str, Tensor]) -> np.ndarray:
+        # no weights are returned: from the block's own projections, in the tower's (maybe windowed) order
+        modules, seen = self.modules(model), {}
+        block = modules["vision"].blocks[-1].attn
+        hooks = [
+            block.register_forward_pre_hook(lambda _m, a, k: seen.update(hidden=a[0], **k), with_kwargs=True),
+            modules["projector"].register_forward_hook(lambda _m, _a, out: seen.update(merged=out)),
+        ]
+        features = self.features(model, x)[0]
+        for hook in hooks:
+            hook.remove()
+        hidden, (cos, sin) = seen["hidden"], seen["position_embeddings"]
+        q, k, _ = block.qkv(hidden).view(len(hidden), 3, block.num_heads, -1).permute(1, 2, 0, 3)
+
+        def rotated(t: Tensor) -> Tensor:
+            half = t.shape[-1] // 2
+            return t * cos + torch.cat([-t[..., half:], t[..., :half]], -1) * sin
+
+        frames, rows, columns = x["video_grid_thw"][0].tolist()
+        steps = [[y.double().numpy() for y in rotated(t).split(rows * columns, 1)] for t in (q, k)]
+        received = [oracle.received_attention(*pair, block.scaling) for pair in zip(*steps, strict=True)]
+        grouped = np.concatenate(received).reshape(-1, 4).mean(1)
+        # find the raster order by matching feature rows
+        order = [int((seen["merged"] - feature).abs().sum(-1).argmin()) for feature in features]
+        assert sorted(order) == list(range(len(order)))
+        return grouped[order].reshape(frames, -1)
+
+    def original_positions(self, model: Any, x: dict[str, Tensor]) -> Tensor:
+        wanted = inspect.signature(model.model.get_rope_index).parameters
+        return model.model.get_rope_index(**{name: x[name] for name in wanted if name in x})[0]

@@ -2,15 +2,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
-from .base import IMAGE, TEXT, VIDEO, Toy
+from .base import IMAGE, TEXT, VIDEO, Toy, eager_weights
 
 
 class LlavaOnevisionToy(Toy):
     frame_size = (28, 28)
+    equal_frames = True
 
     def model(self, attn: str, **text: Any) -> Any:
         vision = {
@@ -56,6 +58,19 @@ class LlavaOnevisionToy(Toy):
 
     def make_projector_linear(self, model: Any) -> None:
         model.model.multi_modal_projector.act = torch.nn.Identity()
+
+    def features(self, model: Any, x: dict[str, Tensor]) -> list[Tensor]:
+        frames = x["pixel_values_videos"].shape[1]
+        # without the newline, which older versions of transformers append later
+        return [model.get_video_features(x["pixel_values_videos"]).pooler_output[0, : frames * 16]]
+
+    def received(self, model: Any, x: dict[str, Tensor]) -> np.ndarray:
+        layer = model.model.vision_tower.encoder.layers[-1].self_attn
+        received = eager_weights(layer, lambda: self.features(model, x)).mean((1, 2))  # [T, P]
+        return model.model.apply_pooling(received[..., None])[..., 0].numpy()
+
+    def separators(self, model: Any) -> Tensor:
+        return model.model.image_newline[None]
 
 
 TOY = LlavaOnevisionToy()
