@@ -57,7 +57,7 @@ def needs(
     order: str = "raster",
     mode: str | None = None,
 ) -> None:
-    """Skip a test of what the family refuses, or of a way to generate that its stock class does not have."""
+    """Skip a test of what the family refuses, or of what its stock class itself cannot do."""
     toy = TOYS[family]
     if inner and not toy.inner_layers:
         pytest.skip(f"{family} refuses an inner merge")
@@ -74,6 +74,8 @@ def needs(
 
 def needs_chunked_prefill(family: str, model: Any) -> None:
     needs(family, mode="chunked prefill")
+    if TOYS[family].recurrent:
+        pytest.skip(f"{family} refuses it: see test_hard_cases")
     if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
         pytest.skip("this transformers cannot prefill a video in chunks, patched or not")
 

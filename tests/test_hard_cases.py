@@ -45,7 +45,7 @@ def check_batch(model: Any, family: str, rows: list[list[Any]]) -> None:
 @pytest.mark.parametrize("positions", ["contiguous", "original"])
 @pytest.mark.parametrize("long", ["text", "image"])
 def test_a_short_video_beside_a_row_that_loses_nothing_and_is_longer(family, inner, positions, long):
-    needs(family, inner=inner, positions=positions)
+    needs(family, inner=inner, positions=positions, mode="image and video" if long == "image" else None)
     model = make_model(family)
     patch(model, preset("holimerge-25", inner, positions=positions))
     image = ("image", make_video(family, frames=2, side=(24, 24), seed=5)[0])
@@ -67,6 +67,7 @@ def test_a_video_that_fits_whole_beside_one_that_does_not(family, positions):
 
 @pytest.mark.parametrize("name", ["holimerge-25", "holitom-25"])
 def test_image_and_video_in_one_prompt(family, name):
+    needs(family, mode="image and video")
     model = make_model(family)
     patch(model, preset(name))
     image = ("image", make_video(family, frames=2, side=(24, 24), seed=5)[0])
@@ -78,7 +79,7 @@ def test_image_and_video_in_one_prompt(family, name):
 @pytest.mark.parametrize("order", ["raster", "segment"])
 @pytest.mark.parametrize("rest", [[], [7, 8]])
 def test_a_prompt_that_begins_or_ends_with_its_video(family, inner, positions, order, rest):
-    needs(family, inner=inner, positions=positions, order=order)
+    needs(family, inner=inner, positions=positions, order=order, mode=None if rest else "video at the end")
     toy = TOYS[family]
     model = make_model(family)
     patch(model, preset("holimerge-25", inner, positions=positions, order=order))
@@ -138,6 +139,24 @@ def test_chunks_of_contiguous_positions_of_several_axes_are_refused(family):
     patch(model, preset("holitom-25", inner=False))
     with pytest.raises(ValueError, match="prefill_chunk_size"):
         generate(model, prompt(family), prefill_chunk_size=8)
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if TOYS[name].recurrent])
+def test_layers_that_keep_a_state_cannot_skip_padding_in_the_middle(family):
+    model = make_model(family)
+    patch(model, preset("holimerge-25", inner=False))
+    with pytest.raises(ValueError, match=r"prefill_chunk_size: .*linear layers"):
+        generate(model, prompt(family), prefill_chunk_size=8)
+    x = build(family, [[5, 6, 7], [8, 9, 10]])
+    cache = generate(model, x, 2).past_key_values
+    y = build(family, [[20, make_video(family), 21], [22, make_video(family, frames=10, seed=1), 23]])
+    ids = torch.cat([x["input_ids"], torch.tensor([[14, 14], [14, 14]]), y["input_ids"]], 1)
+    kinds = torch.cat([torch.zeros(2, 5).int(), y["mm_token_type_ids"]], 1)
+    mask = torch.cat([torch.ones(2, 5).long(), y["attention_mask"]], 1)
+    with pytest.raises(ValueError, match="one by one"):
+        generate(
+            model, {**y, "input_ids": ids, "attention_mask": mask, "mm_token_type_ids": kinds}, past_key_values=cache
+        )
 
 
 def conversation(

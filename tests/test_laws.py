@@ -69,12 +69,14 @@ def test_right_padding_and_images_are_untouched_by_keep_all(family):
     model = make_model(family)
     image = ("image", make_video(family, frames=2, side=(24, 24), seed=5)[0])
     video = make_video(family)
-    for x in [
+    prompts = [
         build(family, [[5, video, 6, 7], [8, video, 9, 10, 11, 12]], side="right"),
-        build(family, [[5, image, 6, video, 7]]),
         build(family, [[5, image, 6, 7]]),
         build(family, [[5, 6, 7]]),
-    ]:
+    ]
+    if "image and video" not in TOYS[family].stock_fails:
+        prompts.append(build(family, [[5, image, 6, video, 7]]))
+    for x in prompts:
         plain = logits(model, x)
         with holimerge.merging(model, suited(model, "keep-all")):
             assert torch.equal(logits(model, x), plain)
@@ -181,10 +183,10 @@ def test_every_layer_and_merge_decodes_right(family, merge, layer):
     model = make_model(family)
     patch(model, {"base": "holimerge-25", "inner": {"layer": layer, "merge": merge, "retain": 0.4}})
     out, _ = check_cached(model, family, build(family, batch_rows(family)[0]), 5)
-    lengths = [layer.keys.shape[2] for layer in out.past_key_values.layers]
-    assert len(set(lengths[:k])) == 1
-    assert len(set(lengths[k:])) == 1
-    assert lengths[k] < lengths[0] < out.sequences.shape[1]
+    # layers of linear attention hold no tokens
+    lengths = [x.keys.shape[2] if hasattr(x, "keys") else None for x in out.past_key_values.layers]
+    (below,), (above,) = ({n for n in part if n is not None} for part in (lengths[:k], lengths[k:]))
+    assert above < below < out.sequences.shape[1]
 
 
 def stock_difference(model: Any, lm: Any, x: dict[str, torch.Tensor], answer: torch.Tensor) -> float:
@@ -367,6 +369,7 @@ def test_prompt_lookup_gives_the_greedy_answer(family):
 
 
 def test_samples_are_the_same_for_the_same_seed(family):
+    needs(family, mode="samples")
     model = make_model(family)
     patch(model, preset("holimerge-25"))
     x = build(family, [[5, make_video(family), 6, 7, 6, 7]])

@@ -60,6 +60,7 @@ class Toy(ABC):
     frame_size: (height, width) of its frames, None where any multiple of 8 will do.
     equal_frames: whether all videos of a call must have the same number of frames.
     as_images: whether frames are handed over as images (there is no video input).
+    recurrent: whether some decoder layers keep a state instead of tokens.
     markers: ids that a model must not write, beside those that all families know.
     one_video_a_row: whether all frames of a row make one video, whatever stands between them.
     images_are_frames: whether an image cannot be told from a frame, so that it is reduced as one.
@@ -75,6 +76,7 @@ class Toy(ABC):
     frame_size: ClassVar[tuple[int, int] | None] = None
     equal_frames: ClassVar[bool] = False
     as_images: ClassVar[bool] = False
+    recurrent: ClassVar[bool] = False
     markers: ClassVar[tuple[int, ...]] = ()
     one_video_a_row: ClassVar[bool] = False
     images_are_frames: ClassVar[bool] = False
@@ -295,14 +297,24 @@ class PatchToy(Toy):
         merger.mlp[1] = torch.nn.Identity()
         merger.ln_q = torch.nn.Identity()
 
+    def last_attention(self, model: Any) -> Any:
+        return self.modules(model)["vision"].blocks[-1].attn
+
+    def queries_and_keys(self, attention: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """[S, heads d] each, not yet rotated."""
+        q, k, _ = attention.qkv(hidden).chunk(3, dim=-1)
+        return q, k
+
     def features(self, model: Any, x: dict[str, Tensor]) -> list[Tensor]:
-        output = model.get_video_features(x["pixel_values_videos"], x["video_grid_thw"])
+        features = model.model.get_video_features
+        wanted = inspect.signature(features).parameters
+        output = features(**{name: x[name] for name in wanted if name in x})
         return [output.pooler_output[0], *(level[0] for level in getattr(output, "deepstack_features", None) or [])]
 
     def received(self, model: Any, x: dict[str, Tensor]) -> np.ndarray:
         # no weights are returned: from the block's own projections, in the tower's (maybe windowed) order
         modules, seen = self.modules(model), {}
-        block = modules["vision"].blocks[-1].attn
+        block = self.last_attention(model)
         hooks = [
             block.register_forward_pre_hook(lambda _m, a, k: seen.update(hidden=a[0], **k), with_kwargs=True),
             modules["projector"].register_forward_hook(lambda _m, _a, out: seen.update(merged=out)),
@@ -311,7 +323,7 @@ class PatchToy(Toy):
         for hook in hooks:
             hook.remove()
         hidden, (cos, sin) = seen["hidden"], seen["position_embeddings"]
-        q, k, _ = block.qkv(hidden).view(len(hidden), 3, block.num_heads, -1).permute(1, 2, 0, 3)
+        q, k = (y.view(len(hidden), block.num_heads, -1).transpose(0, 1) for y in self.queries_and_keys(block, hidden))
 
         def rotated(t: Tensor) -> Tensor:
             half = t.shape[-1] // 2

@@ -52,6 +52,12 @@ class Qwen25OmniThinkerToy(PatchToy):
             inputs["video_second_per_grid"] = torch.tensor([self.temporal / FPS] * len(videos))
         return inputs
 
+    def queries_and_keys(self, attention: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        return attention.q(hidden), attention.k(hidden)
+
+    def original_positions(self, model: Any, x: dict[str, Tensor]) -> Tensor:
+        return super().original_positions(model, {**x, "second_per_grids": x["video_second_per_grid"]})
+
     def with_audio(self, video: Tensor, *, tokens: int = 10, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
         """A prompt of one row: text, audio of so many tokens, text, the video, text."""
         sound = [OUTER_START, *[AUDIO] * tokens, OUTER_END]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import VideoLlama3ForConditionalGeneration
 
-from .base import FPS, IMAGE, VIDEO, PatchToy, words
+from .base import FPS, IMAGE, VIDEO, PatchToy, Toy, words
 
 
 class VideoLlama3Toy(PatchToy):
@@ -62,6 +62,15 @@ class VideoLlama3Toy(PatchToy):
 
     def modules(self, model: Any) -> dict[str, Any]:
         return {"vision": model.model.vision_model, "projector": model.model.projector}
+
+    def last_attention(self, model: Any) -> Any:
+        return model.model.vision_model.encoder.layers[-1].self_attn
+
+    def queries_and_keys(self, attention: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        return attention.q_proj(hidden), attention.k_proj(hidden)
+
+    def original_positions(self, model: Any, x: dict[str, Tensor]) -> Tensor:
+        return Toy.original_positions(self, model, x)
 
     def make_projector_linear(self, model: Any) -> None:
         model.model.projector.readout[1] = torch.nn.Identity()
