@@ -29,6 +29,7 @@ class CacheState:
     inner_mask: [B, P'] bool, the same as `mask` for layers k and above.
     inner_padded: whether `inner_mask` has a False.
     contiguous: the rule the positions of its tokens follow.
+    whole: how many of the last columns of `mask` come after every reduced video: what may be cropped.
     """
 
     hidden: int
@@ -40,6 +41,7 @@ class CacheState:
     inner_mask: Tensor | None = None
     inner_padded: bool = False
     contiguous: bool = False
+    whole: int = 0
 
     def rows(self, index: Tensor) -> CacheState:
         """The state of the rows `index` [B'] int64."""
@@ -87,7 +89,23 @@ class _MergedCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove > 0:  # the deprecated meaning: the length to keep, in the caller's count
             tokens_to_remove = min(0, tokens_to_remove - int(self.get_seq_length()))
+        state = self._holimerge
+        if state is not None:
+            free = self.held() - state.mask.shape[1] + state.whole
+            if -tokens_to_remove > free:
+                raise ValueError(
+                    f"crop: {-tokens_to_remove} tokens reach into a reduced video, which cannot be cut; at most the "
+                    f"last {free} can be removed; keep a copy of the cache from before the video, or start a new one"
+                )
         super().crop(tokens_to_remove)
+        if state is not None and (cut := state.mask.shape[1] - self.held()) > 0:
+            inner = state.inner_mask
+            self._holimerge = replace(
+                state,
+                mask=state.mask[:, :-cut],
+                inner_mask=None if inner is None else inner[:, :-cut],
+                whole=state.whole - cut,
+            )
 
     def reorder_cache(self, beam_idx: Any) -> None:
         super().reorder_cache(beam_idx)

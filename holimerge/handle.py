@@ -100,6 +100,9 @@ class Handle:
         """Set the hooks; on an error nothing stays behind."""
         try:
             self._replace(self.model, "generate", self._generate)
+            for name in ("generate_batch", "init_continuous_batching"):
+                if hasattr(self.model, name):
+                    self._replace(self.model, name, _refuse_continuous_batching)
             for kind, name in self.outer.functions().items():
                 self._replace(self.core, name, functools.partial(self.outer.features, kind))
             self._pre(self.model, self._open)
@@ -202,6 +205,8 @@ class Handle:
                     "prefill_chunk_size: each chunk would merge with its own last token as the query; "
                     "prefill in one piece, or use a configuration without an inner block"
                 )
+            if kwargs.get("pixel_values_videos") is not None or kwargs.get("pixel_values") is not None:
+                self.inner.check_cache(kwargs.get("past_key_values"))
             static = getattr(kwargs.get("past_key_values"), "is_compileable", False)
             if setting("cache_implementation") is not None or static:
                 kwargs["disable_compile"] = True  # lengths that differ by layer break the compiled decoding step
@@ -326,7 +331,9 @@ class Handle:
         call.reached = "language model"
         call.has_video = call.has_video and any(s.placements != [] for s in call.sources.values())
         if not call.has_video:
-            if cache is None or ((embeds.shape[1] > 1 or not cache.is_compileable) and call.seen == 0):
+            prompt = PROMPT.get()
+            aside = prompt is not None and prompt.handle is self and prompt.report is not None  # as guidance runs
+            if not aside and (cache is None or ((embeds.shape[1] > 1 or not cache.is_compileable) and call.seen == 0)):
                 self._reported(Report())
             state = cache_state(cache)
             if state is None:
@@ -422,6 +429,12 @@ class Handle:
                 mine = torch.isin(entering, columns.to(entering.device))
                 kept = owners[at] == torch.arange(owners[at].shape[0], device=owners[at].device)
                 of_record[id(placement.record)].inner_kept = kept[mine.to(kept.device)]
+
+
+def _refuse_continuous_batching(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    raise ValueError(
+        f"{original.__name__}: continuous batching takes token ids alone, so no video reaches the model; use generate"
+    )
 
 
 def _are_features(x: Any) -> bool:

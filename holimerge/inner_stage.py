@@ -16,7 +16,7 @@ from .cache import CacheState, cache_state, held_length
 from .call import PROMPT
 from .config import ConfigError, Inner
 from .inner import choose_owners, merge_owned
-from .splice import continued_mask, extended, joined, right_aligned
+from .splice import extended, joined, right_aligned
 
 if TYPE_CHECKING:
     from .call import Call
@@ -100,6 +100,18 @@ class InnerStage:
         ]
         return hooks
 
+    def check_cache(self, cache: Cache | None) -> None:
+        """Refuse a later turn over a cache whose keys cannot be read."""
+        below = self.layer - 1
+        if cache is None or len(cache.layers) <= below or not held_length(cache, below):
+            return
+        store = cache.layers[below]
+        if type(store) not in (DynamicLayer, StaticLayer):
+            raise ValueError(
+                f"the inner merge cannot read the keys of a {type(store).__name__} in a later turn; "
+                "use a dynamic or static cache, or a configuration without an inner block"
+            )
+
     def begin(self, call: Call) -> None:
         """Before the language model runs on a packed prompt: find the query.
 
@@ -119,7 +131,8 @@ class InnerStage:
         held = held_length(cache, self.measured)
         prior, padded = packing.prior, packing.prior_padded
         if state is not None and state.inner_mask is not None:
-            prior, padded = extended(state.inner_mask, held), state.inner_padded
+            prior = extended(state.inner_mask, held, packing.later)
+            padded = state.inner_padded or (packing.later is not None and packing.prior_padded)
         alike = held == held_length(cache)
         call.inner = InnerRun(query, self.layer, cache, prior, padded, held, alike)
 
@@ -169,10 +182,7 @@ class InnerStage:
             keys = store.keys[:, :, : held + width].to(hidden.device)
         else:  # no cache, or one whose keys cannot be read
             if held:
-                raise ValueError(
-                    f"the inner merge cannot read the keys of a {type(store).__name__} in a later turn; "
-                    "use a dynamic or static cache, or a configuration without an inner block"
-                )
+                self.check_cache(cache)
             keys = self.handle.family.keys(attention, hidden, cos, sin)
         column = torch.arange(held + width, device=hidden.device)
         allowed = joined(packing.prior, real, held) & (column <= held + here)
@@ -199,16 +209,16 @@ class InnerStage:
         if self._linear(layer):
             return None
         if layer is self.first_measured:
-            needed = kwargs.get("attention_mask") is not None or step.state.inner_padded
+            padded = step.state.inner_padded or step.new is not None or step.later is not None
+            needed = kwargs.get("attention_mask") is not None or padded
             mask = None
             if needed:
                 cache = kwargs["past_key_values"]
                 inner_mask = step.state.inner_mask
                 assert inner_mask is not None
                 held = held_length(cache, self.measured)
-                flat = continued_mask(inner_mask.to(hidden.device), step.new, held, step.length)
-                plain = not step.state.inner_padded and step.new is None
-                mask = self._causal(hidden, None if plain else flat, cache)
+                flat = step.mask(inner_mask.to(hidden.device), held) if padded else None
+                mask = self._causal(hidden, flat, cache)
             step.arguments = {"attention_mask": mask, "position_ids": None} if needed else {}
         return args, {**kwargs, **_on(step.arguments, hidden.device)}
 

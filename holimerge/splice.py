@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import Cache
 
 from .cache import CacheState, cache_state, held_length, set_cache_state
+from .call import PROMPT
 from .positions import new_positions
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class Packing:
     arguments: what the language model gets in place of the caller's arguments.
     prior: [B, C] bool or None, the cache's entries that are tokens (None: all of them, or no cache).
     prior_padded: whether `prior` has a False.
+    later: [B, n] bool or None, the part of `prior` that the cache's state did not know.
     state: what to leave in the cache after the forward.
     video: [B, P] bool, entering video tokens, separators excluded; counts: their number in each row, on the host.
     sizes: [B, P] float32, how many original tokens each entry holds (1 for text).
@@ -47,6 +49,7 @@ class Packing:
     cache: Cache | None
     prior: Tensor | None
     prior_padded: bool
+    later: Tensor | None
     state: CacheState
     video: Tensor
     counts: list[int]
@@ -58,13 +61,25 @@ class Continuation:
     """A forward over a shortened cache.
 
     new: [B, L] bool or None (all tokens), which new entries are tokens.
+    later: [B, n] bool or None (all tokens), which of the cache's entries that `state` does not know are tokens.
     arguments: what the layers from the inner merge's on get, built at the first of them.
     """
 
     state: CacheState
     new: Tensor | None
+    later: Tensor | None
     length: int
     arguments: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def padded(self) -> bool:
+        """Whether layer 0 needs a mask."""
+        return self.state.padded or self.new is not None or self.later is not None
+
+    def mask(self, known: Tensor, held: int) -> Tensor:
+        """[B, held + L] bool: a cache's entries, of which the state knows the first ones, and the new ones."""
+        before = extended(known, held, self.later)
+        return extended(before, held + self.length, self.new)
 
 
 def right_aligned(keep: Tensor, width: int) -> Tensor:
@@ -72,9 +87,10 @@ def right_aligned(keep: Tensor, width: int) -> Tensor:
     return keep.long().argsort(dim=1, stable=True)[:, keep.shape[1] - width :]
 
 
-def token_mask(mask: Any, batch: int, length: int, cache: Cache | None, device: torch.device) -> Tensor:
-    """[B, S] bool: the columns of the caller's mask (S = length if there is none), whatever form it has; the last
-    `length` are the new tokens.
+def token_mask(
+    call: Call, mask: Any, batch: int, length: int, cache: Cache | None, device: torch.device
+) -> Tensor | None:
+    """[B, seen + L] bool, which of the caller's tokens are no padding; None: all are.
 
     Raises:
         ValueError: a custom 4-D mask, which cannot be shortened.
@@ -82,7 +98,7 @@ def token_mask(mask: Any, batch: int, length: int, cache: Cache | None, device: 
     if isinstance(mask, dict):  # one per kind of layer, each maybe None
         mask = next(iter(mask.values()))
     if mask is None:
-        return torch.ones(batch, length, dtype=torch.bool, device=device)
+        return None
     if mask.ndim == 2:
         return mask.to(device).bool().expand(batch, -1)
     if cache is None or not cache.is_compileable:
@@ -90,31 +106,53 @@ def token_mask(mask: Any, batch: int, length: int, cache: Cache | None, device: 
             f"a custom attention mask of shape {tuple(mask.shape)} cannot be shortened with the sequence; "
             "pass the 2-D padding mask"
         )
-    # prepared by `generate` for a static cache: its last query sees every token there is
+    # Prepared by `generate` for a static cache, by the number of tokens that the cache holds. What the caller gave:
+    prompt = PROMPT.get()
+    given = None if prompt is None or prompt.handle is not call.handle else prompt.attention_mask
+    if given is not None and given.ndim == 2:
+        given = given.to(device).bool()
+        given = given.repeat_interleave(batch // given.shape[0], dim=0)  # beams
+        return extended(given, call.seen + length)
+    if cache_state(cache) is not None:
+        return None
+    # its last query sees every token there is
     seen = mask[:, 0, -1, : held_length(cache) + length]
     seen = seen if seen.dtype == torch.bool else seen == 0
     return seen.to(device).expand(batch, -1)
 
 
-def _prior(cache: Cache | None, state: CacheState | None, mask: Tensor, length: int) -> tuple[Tensor | None, bool]:
+def _prior(
+    cache: Cache | None, state: CacheState | None, mask: Tensor | None, call: Call
+) -> tuple[Tensor | None, bool]:
     """Which of the cache's entries are tokens, and whether some are not."""
     held = held_length(cache)
     if held == 0:
         return None, False
     if state is not None:
-        return extended(state.mask, held), state.padded
-    if mask.shape[1] < held + length:
+        later = later_entries(state, held, mask, call)
+        padded = state.padded or (later is not None and not bool(later.all()))
+        return extended(state.mask, held, later), padded
+    if mask is None or mask.shape[1] < held:
         return None, False
-    prior = mask[:, -held - length : -length]
+    prior = mask[:, :held]
     return prior, not bool(prior.all())
 
 
-def extended(mask: Tensor, width: int) -> Tensor:
-    """A mask of a cache's first entries, extended by later ones (all tokens) to `width`, or cut to it."""
+def later_entries(state: CacheState, held: int, mask: Tensor | None, call: Call) -> Tensor | None:
+    """[B, n] bool: which of the entries after those that `state` knows are tokens, by the caller's mask."""
+    count = held - state.mask.shape[1]
+    if mask is None or count <= 0 or mask.shape[1] < call.seen:
+        return None
+    return mask[:, call.seen - count : call.seen]
+
+
+def extended(mask: Tensor, width: int, later: Tensor | None = None) -> Tensor:
+    """A mask of a cache's first entries, extended by later ones (all tokens, if not given) to `width`, or cut to it."""
     missing = width - mask.shape[1]
     if missing <= 0:
         return mask[:, :width]
-    return torch.cat([mask, mask.new_ones(mask.shape[0], missing)], dim=1)
+    more = mask.new_ones(mask.shape[0], missing) if later is None else later.to(mask)
+    return torch.cat([mask, more], dim=1)
 
 
 def joined(prior: Tensor | None, real: Tensor, held: int) -> Tensor:
@@ -170,8 +208,10 @@ def pack(call: Call, kwargs: dict[str, Any], cache: Cache | None) -> Packing | N
     dropping = call.dropping
     if not dropping and not handle.force_packing and handle.inner is None and state is None:
         return None
-    columns = token_mask(kwargs.get("attention_mask"), batch, length, cache, device)
-    valid = columns[:, -length:]
+    columns = token_mask(call, kwargs.get("attention_mask"), batch, length, cache, device)
+    if columns is not None and columns.shape[1] > length:  # also of a chunk of a longer prompt
+        columns = columns[:, : call.seen + length]
+    valid = torch.ones(batch, length, dtype=torch.bool, device=device) if columns is None else columns[:, -length:]
     if call.placements is not None:
         sizes, offset = placeholder_values(call.sources.values(), device)
         marked = placeholder & (sizes == 0)
@@ -184,7 +224,8 @@ def pack(call: Call, kwargs: dict[str, Any], cache: Cache | None) -> Packing | N
 
     video = placeholder & keep & (sizes > 0)
     # the one read of the device: how long the rows become, and how many video tokens they hold
-    lengths, gone, counts = torch.stack([keep.sum(1), dropped.sum(1), video.sum(1)]).tolist()
+    tail = (keep & ~(dropped | video).flip(1).cummax(1).values.flip(1)).sum(1)  # what comes after all videos
+    lengths, gone, counts, after = torch.stack([keep.sum(1), dropped.sum(1), video.sum(1), tail]).tolist()
 
     moved = any(gone) or handle.force_packing
     if not moved and handle.inner is None and state is None:
@@ -198,7 +239,7 @@ def pack(call: Call, kwargs: dict[str, Any], cache: Cache | None) -> Packing | N
         )
     index = right_aligned(keep, width) if moved else torch.arange(length, device=device).expand(batch, -1)
     real = keep.gather(1, index)
-    prior, prior_padded = _prior(cache, state, columns, length)
+    prior, prior_padded = _prior(cache, state, columns, call)
     held = held_length(cache)
     padded = prior_padded or min(lengths) < width
 
@@ -235,6 +276,7 @@ def pack(call: Call, kwargs: dict[str, Any], cache: Cache | None) -> Packing | N
         dropped=lost if state is None else lost + state.dropped.to(device),
         axis_shift=axis_shift,
         contiguous=handle.contiguous,
+        whole=min(after),
     )
     return Packing(
         index=index,
@@ -246,6 +288,7 @@ def pack(call: Call, kwargs: dict[str, Any], cache: Cache | None) -> Packing | N
         cache=cache,
         prior=prior,
         prior_padded=prior_padded,
+        later=None if state is None else later_entries(state, held, columns, call),
         state=after,
         video=video.gather(1, index),
         counts=counts,
@@ -277,16 +320,19 @@ def continue_over(call: Call, kwargs: dict[str, Any], state: CacheState) -> dict
     """The language model's arguments for a forward over a shortened cache (decoding, or a later turn of text)."""
     embeds, cache, mask = kwargs["inputs_embeds"], kwargs["past_key_values"], kwargs.get("attention_mask")
     length, device = embeds.shape[1], embeds.device
-    # a prepared mask or none comes from `generate`, whose new tokens are all real
-    new = mask[:, -length:].to(device).bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
-    if new is not None and length > 1 and bool(new.all()):
+    given = token_mask(call, mask, embeds.shape[0], length, cache, device)
+    new = None if given is None else given[:, -length:]
+    if new is not None and (length == 1 or bool(new.all())):  # `generate`'s new tokens are all real
         new = None
-    call.continuation = Continuation(state, new, length)
+    held = held_length(cache)
+    later = later_entries(state, held, given, call)
+    if later is not None and not state.padded and bool(later.all()):
+        later = None
+    step = call.continuation = Continuation(state, new, later, length)
     arguments = dict(kwargs)
     arguments["attention_mask"] = None
-    if state.padded or new is not None:
-        held = held_length(cache)
-        arguments["attention_mask"] = continued_mask(state.mask.to(device), new, held, length).long()
+    if step.padded:
+        arguments["attention_mask"] = step.mask(state.mask.to(device), held).long()
     positions = _with_axes(kwargs.get("position_ids"))
     dropped = state.dropped.to(device)[:, None]
     if positions is None:
@@ -301,30 +347,22 @@ def continue_over(call: Call, kwargs: dict[str, Any], state: CacheState) -> dict
     return arguments
 
 
-def continued_mask(mask: Tensor, new: Tensor | None, held: int, length: int) -> Tensor:
-    """[B, held + length] bool: a cache's entries and the new ones."""
-    if new is None:
-        return extended(mask, held + length)
-    return torch.cat([extended(mask, held), new], dim=1)
-
-
 def remember_continuation(call: Call, cache: Cache) -> None:
     """After a forward whose new entries held padding: later forwards must know which."""
     step = call.continuation
     if step is None or step.new is None or step.length == 1:
         return
-    state, new = step.state, step.new
+    state = step.state
     held = held_length(cache) - step.length
     inner = state.inner_mask
     stage = call.handle.inner
     if inner is not None and stage is not None:
-        below = held_length(cache, stage.measured) - step.length
-        inner = continued_mask(inner, new, below, step.length)
+        inner = step.mask(inner, held_length(cache, stage.measured) - step.length)
     set_cache_state(
         cache,
         replace(
             state,
-            mask=continued_mask(state.mask, new, held, step.length),
+            mask=step.mask(state.mask, held),
             padded=True,
             inner_mask=inner,
             inner_padded=inner is not None,
