@@ -22,11 +22,12 @@ from generating import (
     ragged,
     refused,
     sampled,
+    skip_if_recurrent,
     skip_unless_stock_does,
     stock_does,
 )
 from patching import generate, handle_of, logits
-from toys import TEXT, TOYS, build, make_model, make_video, prompt
+from toys import TEXT, TOYS, VIDEO, build, make_model, make_video, prompt
 from transformers import DynamicCache, GenerationConfig, Qwen2Config, Qwen2ForCausalLM, cache_utils
 
 import holimerge
@@ -67,10 +68,11 @@ def test_a_sampled_answer_repeats_with_its_seed_and_equals_recomputation(family,
 
 @every_case()
 def test_several_sequences_of_a_prompt_equal_their_own_recomputation(family, inner):
+    skip_unless_stock_does(family, "samples")
     model, rows = patched(family, inner), ragged(family)
     out = sampled(model, build(family, rows), num_return_sequences=3)
     assert len({tuple(s) for s in out.sequences.tolist()}) == 6
-    assert len(holimerge.last_report(model).videos) == 3
+    assert len(holimerge.last_report(model).videos) == sum(map(TOYS[family].videos, rows))
     check(model, family, [row for row in rows for _ in range(3)], out)
 
 
@@ -176,6 +178,8 @@ def test_an_unpatched_assistant_drafts_for_a_patched_model(family, inner, kind):
 @every_case()
 def test_a_patched_assistant_is_refused_since_it_never_sees_the_pixels(family, inner):
     skip_unless_stock_does(family, "assistant")
+    if TOYS[family].placeholder != VIDEO:
+        pytest.skip(f"{family}: its placeholders do not tell that a video is missing")
     model, x = make_model(family, gain=2.0), prompt(family)
     helper = holimerge.patch_model(assistant(family, "family"), configured(family, inner))
     with pytest.raises(RuntimeError, match="no video"):
@@ -216,19 +220,18 @@ def test_every_kind_of_cache_gives_the_same_answer(family, inner, kind, monkeypa
 
 
 @every_case()
-def test_a_quantised_cache_rounds_as_much_as_unpatched(family, inner):
+def test_a_quantised_cache_holds_the_rounded_keys_of_the_reduced_prompt(family, inner):
     skip_unless_stock_does(family, "quantized cache")
-    model, x = make_model(family, gain=2.0), prompt(family)
-    gaps = []
-    for cfg in ("keep-all", configured(family, inner)):
-        holimerge.patch_model(model, cfg if isinstance(cfg, dict) else {"base": cfg} | TOYS[family].extra)
-        exact, out = generate(model, x, 2), generate(model, x, 2, **QUANTIZED)
-        torch.testing.assert_close(out.logits[0], exact.logits[0], **CLOSE)  # the prompt is read before it is rounded
-        gaps.append(float((out.logits[1] - exact.logits[1]).norm() / exact.logits[1].norm()))
-        stored = [layer._quantized_keys[0] for layer in out.past_key_values.layers]
-        assert stored[0].dtype == torch.float8_e4m3fn
-        assert [k.shape for k in stored] == [layer.keys.shape for layer in exact.past_key_values.layers]
-    assert 0 < gaps[1] < 3 * gaps[0]
+    model, x = patched(family, inner), prompt(family)
+    exact, out = generate(model, x, 2), generate(model, x, 2, **QUANTIZED)
+    torch.testing.assert_close(out.logits[0], exact.logits[0], **CLOSE)  # the prompt is read before it is rounded
+    assert (out.logits[1] != exact.logits[1]).any()
+    for rounded, layer in zip(out.past_key_values.layers, exact.past_key_values.layers, strict=True):
+        assert rounded._quantized_keys[0].dtype == torch.float8_e4m3fn
+        keys, wanted = rounded._dequantize(rounded._quantized_keys)[:, :, :-1], layer.keys[:, :, :-1]
+        assert keys.shape == wanted.shape
+        # three bits after the leading one, and the smallest steps of an 8-bit float on the tensor's scale
+        assert ((keys - wanted).abs() <= wanted.abs() / 16 + wanted.abs().max() / 448).all()
 
 
 # --------------------------------------------------------------------------------------- without a cache, or in pieces
@@ -241,6 +244,7 @@ def test_what_has_no_single_last_token_is_refused_with_an_inner_merge_and_right_
     how = {"use_cache": False} if name == "use_cache" else {"prefill_chunk_size": 16}
     if name != "use_cache":
         skip_unless_stock_does(family, "chunked prefill")
+        skip_if_recurrent(family, "refused; see test_hard_cases")
     model, rows = patched(family, inner), ragged(family)
     x = build(family, rows)
     if inner:
@@ -259,6 +263,7 @@ def test_what_has_no_single_last_token_is_refused_with_an_inner_merge_and_right_
 @every_family
 def test_a_padded_batch_is_prefilled_in_pieces_into_a_static_cache(family):
     skip_unless_stock_does(family, "chunked prefill", "static cache")
+    skip_if_recurrent(family, "refused; see test_hard_cases")
     model, x = patched(family, inner=False), build(family, ragged(family))
     pieces = generate(model, x, 3, prefill_chunk_size=16, cache_implementation="static")
     close(pieces.logits, generate(model, x, 3).logits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from typing import Any
 
@@ -121,7 +122,9 @@ def test_a_row_that_ended_is_padded_and_the_other_goes_on_right(family, inner):
     model, rows = patched(family, inner), ragged(family)
     x = build(family, rows)
     first, second = answer_of(generate(model, x), x).tolist()
-    end = next(token for token in first[:3] if token not in second)
+    end = next((token for token in first[:3] if token not in second), None)
+    if end is None:
+        pytest.skip("this toy's two answers begin with the same tokens")
     out = generate(model, x, eos_token_id=end)
     cut = first.index(end) + 1
     assert answer_of(out, x).tolist() == [first[:cut] + [PAD] * (5 - cut), second]
@@ -184,12 +187,13 @@ def test_words_are_banned_and_allowed_by_what_stands_before_them(family, inner):
 def lengths_by_layer(model: Any, family: str, inner: bool, length: int) -> list[int]:
     """What enters each decoder layer of the one row that ran last."""
     videos = holimerge.last_report(model).videos
-    entering = length - sum(v.features - v.entering for v in videos)
+    newlines = sum(v.placement.placeholders - v.features - v.separators for v in videos)  # those that went
+    entering = length - newlines - sum(v.features - v.entering for v in videos)
     depth = len(TOYS[family].language_model(model).layers)
     if not inner:
         return [entering] * depth
     k = configured(family, inner)["inner"]["layer"]
-    return [entering] * k + [length - sum(v.features - v.after_inner for v in videos)] * (depth - k)
+    return [entering] * k + [entering - sum(v.entering - v.after_inner for v in videos)] * (depth - k)
 
 
 @every_case()
@@ -216,6 +220,8 @@ def test_attentions_have_the_lengths_of_what_entered(family, inner):
     with torch.no_grad():
         out = model(**x, output_attentions=True)
     lengths = lengths_by_layer(model, family, inner, x["input_ids"].shape[1])
+    types = getattr(TOYS[family].language_model(model).config, "layer_types", None) or []
+    lengths = [n for n, kind in zip(lengths, types or ["full_attention"] * len(lengths), strict=True) if "full" in kind]
     assert [tuple(a.shape[-2:]) for a in out.attentions] == [(n, n) for n in lengths]
     for weights in out.attentions:
         assert (weights.triu(1) == 0).all()
@@ -242,6 +248,8 @@ def test_where_stock_has_no_attentions_to_give_nor_have_we(family, inner):
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_the_logits_to_keep_are_those_of_all(family, inner, side):
     model, x = patched(family, inner), build(family, ragged(family), side=side)
+    if "logits_to_keep" not in inspect.signature(type(model).forward).parameters:
+        pytest.skip(f"{family}: the stock class gives all logits, whatever is asked for")
     every, length = logits(model, x), x["input_ids"].shape[1]
     assert every.shape[:2] == x["input_ids"].shape
     for keep in (1, 7, torch.tensor([2, length - 4, length - 1])):

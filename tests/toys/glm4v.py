@@ -28,6 +28,7 @@ class Glm4vToy(PatchToy):
         "image and video": "every placeholder is counted for both",
         "beams": "features are repeated by counting the video id, which no prompt has",
         "samples": "as beams",
+        "embeds": "placeholders are looked for by the video id, which no prompt has",
         "chunked prefill": "features are cut by the video id, which no prompt has: chunks get none, without an error",
     }
 

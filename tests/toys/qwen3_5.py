@@ -24,7 +24,11 @@ class Qwen35Toy(Qwen3VLToy):
     recurrent = True
     not_by_hand = "its linear layers have a state that no plain mask describes"
     inner_layers = (2,)  # the layer below has keys and queries
-    stock_fails: ClassVar[dict[str, str]] = {"prompt lookup": "refused: the state of a linear layer cannot go back"}
+    stock_fails: ClassVar[dict[str, str]] = {
+        "prompt lookup": "refused: the state of a linear layer cannot go back",
+        "assistant": "as prompt lookup",
+        "quantized cache": "only for decoders of full attention",
+    }
 
 
 TOY = Qwen35Toy()
