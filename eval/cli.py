@@ -1,4 +1,4 @@
-"""The command line: `holimerge ask | eval | compare | cache | bench | flops | list | doctor | demo`.
+"""The command line: `holimerge ask | eval | compare | cache | bench | flops | list | doctor | demo | convert-...`.
 
 Nothing heavy is imported before a command runs. A user's mistake is one red line on stderr and exit status 2; `--debug`
 shows where it came from. With `--json` nothing but the JSON is on stdout.
@@ -58,7 +58,7 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
     extra = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=kind)
     signature = inspect.signature(function, eval_str=True)
     run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), extra])  # type: ignore[attr-defined]
-    return app.command(function.__name__.rstrip("_"))(run)
+    return app.command(function.__name__.rstrip("_").replace("_", "-"))(run)
 
 
 def _console() -> Console:
@@ -392,6 +392,24 @@ def demo(
     with EvalProgress() as meter:
         result = run_demo(videos=videos, configs=config or CONFIGS, threads=threads, meter=meter)
     _finish(result, lambda: show_demo(result, _console()), json_, output)
+
+
+@_command
+def convert_llava_video(
+    source: Annotated[Path, typer.Argument(help="The folder of a checkpoint as lmms-lab published it.")],
+    target: Annotated[Path, typer.Argument(help="A new folder.")],
+    newline: Annotated[
+        Literal["grid", "frame", "one_token"] | None, typer.Option(help="Default: the checkpoint's own.")
+    ] = None,
+    pool: Annotated[Literal["average"] | None, typer.Option(help="Average, whatever the checkpoint says.")] = None,
+    json_: Json = False,
+) -> None:
+    """Rewrite a LLaVA-Video checkpoint of lmms-lab so that the other commands can load it."""
+    from . import convert, show
+
+    with show.Steps() as say:
+        found = convert.convert_llava_video(source, target, newline=newline, pool=pool, say=say)
+    _finish(found, lambda: typer.echo("\n".join(f"{key}: {value}" for key, value in found.items())), json_, None)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +26,8 @@ def read_config(model_id_or_path: str | os.PathLike[str]) -> Any:
 
     Raises:
         FileNotFoundError: no such folder, or none with a config.json.
-        TypeError: the model's family is not supported; the message lists those that are.
+        TypeError: the model's family is not supported; the message lists those that are, and for checkpoints of the
+            LLaVA-NeXT code names the command that converts them.
         OSError: the hub cannot be reached or has no such model.
     """
     from transformers import AutoConfig, PreTrainedConfig
@@ -42,11 +44,18 @@ def read_config(model_id_or_path: str | os.PathLike[str]) -> Any:
     raw, _ = PreTrainedConfig.get_config_dict(text)
     kind = raw.get("model_type")
     if kind not in list_families():
-        hint = " (the lmms-lab checkpoints have llava-hf conversions)" if kind == "llava" else ""
+        hint = ""
+        if kind in ("llava", "llava_qwen"):
+            hint = (
+                " (for lmms-lab's LLaVA-Video run `holimerge convert-llava-video` first; "
+                "the other lmms-lab checkpoints have llava-hf conversions)"
+            )
         raise TypeError(
             f"{model_id_or_path}: cannot load model_type {kind!r}{hint}; "
             f"supported families: {', '.join(list_families())}"
         )
+    if kind == "llava_video":
+        importlib.import_module("holimerge.llava_video")  # tells the Auto classes of it
     return AutoConfig.from_pretrained(text)
 
 

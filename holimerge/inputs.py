@@ -1,7 +1,8 @@
 """A question and its videos to model inputs: prompt, placeholder tokens, pixels. No torchvision, no processor class.
 
 `build_inputs` gives for LLaVA-OneVision and Qwen2.5-VL what their transformers processors give for the same frames
-(compared in `tests/test_inputs.py`); `collate` joins several questions into one left-padded batch.
+(compared in `tests/test_inputs.py`), and the like for LLaVA-Video; `collate` joins several questions into one
+left-padded batch.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .preprocess import Settings, model_file
+from .preprocess import LLAVA, Settings, model_file
 from .video import Video
 
-FAMILIES = ("llava_onevision", "qwen2_5_vl")
+FAMILIES = ("llava_onevision", "llava_video", "qwen2_5_vl")
 
 # The prompts that the published checkpoints' templates give; used where neither a file nor the tokenizer has one.
 DEFAULT_TEMPLATES = {
@@ -37,6 +38,7 @@ DEFAULT_TEMPLATES = {
         "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     ),
 }
+DEFAULT_TEMPLATES["llava_video"] = DEFAULT_TEMPLATES["llava_onevision"]
 
 
 def load_chat_template(folder_or_id: str | os.PathLike[str], **hub: Any) -> str | None:
@@ -80,11 +82,11 @@ def build_inputs(
     videos first, then the question, then the start of the answer, with `answer_prefix` as its first words. The template
     is `chat_template`, else the tokenizer's if it can show a video, else `DEFAULT_TEMPLATES`. Each placeholder grows to
     the tokens its video will have: LLaVA-OneVision T ceil(h/2) ceil(w/2) + 1 (the newline), with h x w patches a
-    frame; Qwen2.5-VL t h w / merge_size^2.
+    frame; LLaVA-Video as `holimerge.llava_video.layout_of` says; Qwen2.5-VL t h w / merge_size^2.
 
     Args:
         question: the text, in any language; must not contain the model's own placeholder tokens.
-        video: one `Video`, or a list of them (empty: text only). LLaVA-OneVision needs equally many frames in each.
+        video: one `Video`, or a list of them (empty: text only). The LLaVA families need equally many frames in each.
         config: the model's config (`model.config`).
         tokenizer: the model's tokenizer.
         settings: from `preprocess.load_preprocessor`.
@@ -93,7 +95,7 @@ def build_inputs(
         answer_prefix: words the answer begins with, for instance "Best Option: ("; tokenised together with the prompt.
 
     Returns:
-        int64 input_ids and attention_mask `[1, L]`; with videos also pixel_values_videos, float32: LLaVA-OneVision
+        int64 input_ids and attention_mask `[1, L]`; with videos also pixel_values_videos, float32: LLaVA
         `[V, T, 3, h, w]`; Qwen2.5-VL `[S, C]` with video_grid_thw int64 `[V, 3]` and second_per_grid_ts float32 `[V]`
         (seconds; 24 frames a second are assumed for a video without a clock). Qwen2.5-VL always gets mm_token_type_ids
         int64 `[1, L]` (0 text, 2 video).
@@ -102,7 +104,7 @@ def build_inputs(
         TypeError: `video` is not made of `Video`s.
         ValueError: another model family; settings, tokenizer or template that do not fit the model; a template that
             shows no system turn; a placeholder token inside the question, the system text or the prefix;
-            LLaVA-OneVision videos of unequal length.
+            LLaVA videos of unequal length.
     """
     family = config.model_type
     if family not in FAMILIES or settings.model_type != family:
@@ -116,12 +118,11 @@ def build_inputs(
     _check_sizes(config, settings)
     ids = _prompt_ids(question, len(videos), config, tokenizer, chat_template, system, answer_prefix)
     pixels = [settings.pixels(v.frames) for v in videos]
-    if family == "llava_onevision":
+    if family in LLAVA:
         if len({p["pixel_values_videos"].shape for p in pixels}) > 1:
             counts = ", ".join(str(len(v.frames)) for v in videos)
-            raise ValueError(f"LLaVA-OneVision takes videos of equally many frames in one call, got {counts} frames")
-        side = math.ceil(config.vision_config.image_size // config.vision_config.patch_size / 2)
-        lengths = [p["pixel_values_videos"].shape[1] * side * side + 1 for p in pixels]
+            raise ValueError(f"{family} takes videos of equally many frames in one call, got {counts} frames")
+        lengths = [_llava_tokens(config, p["pixel_values_videos"].shape[1]) for p in pixels]
     else:
         lengths = [int(p["video_grid_thw"].prod()) // settings.merge_size**2 for p in pixels]
 
@@ -154,7 +155,7 @@ def collate(rows: Sequence[Mapping[str, Tensor]], pad_token_id: int) -> dict[str
         pixels and grids one after another in row order.
 
     Raises:
-        ValueError: no rows; rows of different model families; LLaVA-OneVision videos of unequal length.
+        ValueError: no rows; rows of different model families; LLaVA videos of unequal length.
     """
     if not rows:
         raise ValueError("collate needs at least one row")
@@ -174,10 +175,20 @@ def collate(rows: Sequence[Mapping[str, Tensor]], pad_token_id: int) -> dict[str
     return batch
 
 
+def _llava_tokens(config: Any, frames: int) -> int:
+    """Placeholders of a video of so many frames, newlines included."""
+    if config.model_type == "llava_video":
+        from .llava_video import layout_of  # only here: it brings transformers' classes
+
+        return len(layout_of(config, frames))
+    side = math.ceil(config.vision_config.image_size // config.vision_config.patch_size / 2)
+    return frames * side * side + 1
+
+
 def _check_sizes(config: Any, settings: Settings) -> None:
     """The preprocessor must make frames of the size the vision tower was built for."""
     vision = config.vision_config
-    if config.model_type == "llava_onevision":
+    if config.model_type in LLAVA:
         pairs: dict[str, tuple[Any, Any]] = {"size": (settings.size, (vision.image_size, vision.image_size))}
     else:
         pairs = {

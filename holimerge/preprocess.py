@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-MODEL_TYPES = ("llava_onevision", "qwen2_vl", "qwen2_5_vl")
+MODEL_TYPES = ("llava_onevision", "qwen2_vl", "qwen2_5_vl", "llava_video")
+LLAVA = ("llava_onevision", "llava_video")  # every frame of one size
 _MODES = {2: "bilinear", 3: "bicubic"}  # PIL's resampling numbers
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -39,7 +40,7 @@ class Settings:
         resample: PIL's number: 2 bilinear, 3 bicubic.
         mean, std: per RGB channel, on the 0-1 scale.
         rescale: factor that brings 0-255 to 0-1.
-        size: (height, width) of every frame; LLaVA-OneVision only.
+        size: (height, width) of every frame; LLaVA-OneVision and LLaVA-Video only.
         min_pixels, max_pixels: bounds of a resized frame's height x width; the rest is Qwen only.
         patch_size, temporal_patch_size, merge_size: pixels, frames, and patches joined by the merger (per side).
         cap_pixels_per_frame: bound the whole video as qwen-vl-utils does (a frame's share of 90 % of
@@ -86,7 +87,7 @@ class Settings:
             "std": self.std,
             "rescale": self.rescale,
         }
-        if self.model_type == "llava_onevision":
+        if self.model_type in LLAVA:
             return {"pixel_values_videos": llava_onevision_pixels(frames, size=self.size, **common)}
         values, grid = qwen2_vl_pixels(
             frames,
@@ -109,22 +110,25 @@ def default_settings(model_type: str, config: Any = None) -> Settings:
         config: the model's config, whose vision tower then says the frame size and patch sizes (toy models).
 
     Returns:
-        transformers' defaults, with the sizes of `config`.
+        transformers' defaults, with the sizes of `config`; for LLaVA-Video, which has no processor there, SigLIP's mean
+        and standard deviation, which all its checkpoints were trained with.
 
     Raises:
         ValueError: an unknown model_type.
     """
-    sizes: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     vision = getattr(config, "vision_config", None)
-    if vision is not None and model_type == "llava_onevision":
-        sizes = {"size": (vision.image_size, vision.image_size)}
+    if vision is not None and model_type in LLAVA:
+        found = {"size": (vision.image_size, vision.image_size)}
     elif vision is not None:
-        sizes = {
+        found = {
             "patch_size": vision.patch_size,
             "temporal_patch_size": vision.temporal_patch_size,
             "merge_size": vision.spatial_merge_size,
         }
-    return Settings(model_type, **sizes)
+    if model_type == "llava_video":
+        found |= {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+    return Settings(model_type, **found)
 
 
 def load_preprocessor(
@@ -200,7 +204,7 @@ def _from_file(values: dict[str, Any], model_type: str, source: str) -> Settings
         if values.get(name) is not None:
             found[field] = tuple(values[name]) if field in ("mean", "std") else values[name]
     size = values.get("size") or {}
-    if model_type == "llava_onevision":
+    if model_type in LLAVA:
         if isinstance(size, int):
             size = {"height": size, "width": size}
         if size and not {"height", "width"} <= size.keys():
