@@ -15,6 +15,7 @@ and the language model (placeholder checks, beam expansion, chunked prefill, sev
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import threading
@@ -129,6 +130,17 @@ class Handle:
                 module.__dict__[name] = before
         self._attributes.clear()
         self.model.__dict__.pop("_holimerge_handle", None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
+        twin = memo[id(self)] = object.__new__(type(self))
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a patched model cannot be pickled: unpatch it first (holimerge.unpatch_model) and patch what is loaded, "
+            "or use save_pretrained or state_dict, which give the plain model"
+        )
 
     def _replace(self, module: nn.Module, name: str, run: Callable[..., Any]) -> None:
         self._attributes.append((module, name, module.__dict__.get(name)))
