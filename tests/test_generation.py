@@ -32,11 +32,6 @@ from transformers import DynamicCache, GenerationConfig, Qwen2Config, Qwen2ForCa
 
 import holimerge
 
-
-def only_inner(_toy: Any, inner: bool) -> bool:
-    return inner
-
-
 # ------------------------------------------------------------------------------------------------ greedy and sampled
 
 

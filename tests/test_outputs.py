@@ -205,6 +205,7 @@ def test_hidden_states_have_the_lengths_of_what_entered(family, inner, attn):
         out = model(**x, output_hidden_states=True)
     lengths = lengths_by_layer(model, family, inner, x["input_ids"].shape[1])
     assert lengths[0] < x["input_ids"].shape[1]
+    assert (lengths[-1] < lengths[0]) == inner
     # the state after layer k - 1 is what enters layer k, before the merge there
     expected = [lengths[0], *lengths]
     assert [h.shape[1] for h in out.hidden_states] == expected
