@@ -194,13 +194,12 @@ def _tokens_of_rows(
         (grid,) = family.grids(family.core(inner), dict(row))
         separators = family.separators(family.core(inner), grid)
         tokens: dict[str, int | None] = {"features": grid.total, "entering": grid.total, "after_inner": None}
+        tokens |= {"separators": separators, "text": int(row["input_ids"].shape[1]) - grid.total - separators}
         clusters: tuple[int, ...] = ()
         if handle is not None:
             video = handle.report.videos[i]
-            tokens |= {"entering": video.entering, "after_inner": video.after_inner}
+            tokens |= {"entering": video.entering, "after_inner": video.after_inner, "separators": video.separators}
             clusters = video.record.clustered
-        tokens["text"] = int(row["input_ids"].shape[1]) - grid.total - separators
-        tokens["separators"] = separators
         found.append((tokens, clusters))
     return found
 

@@ -154,6 +154,7 @@ def _tell(
         videos = report.videos
         found = {stage: report.milliseconds[stage] for stage in STAGES if stage in report.milliseconds}
         features, separators = sum(v.features for v in videos), sum(v.separators for v in videos)
+        placeholders = sum(v.placement.placeholders for v in videos)
         after = [v.after_inner for v in videos if v.after_inner is not None]
         tokens: dict[str, int | None] = {
             "features": features,
@@ -169,9 +170,10 @@ def _tell(
         grids = family.grids(family.core(inner), dict(inputs)) if "pixel_values_videos" in inputs else []
         features = sum(grid.total for grid in grids)
         separators = sum(family.separators(family.core(inner), grid) for grid in grids)
+        placeholders = features + separators
         tokens = {"features": features, "entering": features, "after_inner": None}
         clusters = ()
-    tokens |= {"separators": separators, "text": length - features - separators}
+    tokens |= {"separators": separators, "text": length - placeholders}
     return found, tokens, clusters
 
 

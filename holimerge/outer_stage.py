@@ -20,7 +20,7 @@ from .cost import largest_budget
 from .encoding import Encoded, Grid, Request
 from .placement import FrameImages, Placement, frames_among_images
 from .report import Report, VideoReport
-from .shapes import shape_of
+from .shapes import text_shape
 from .tokens import MergeRecord, Target, keep_everything
 
 if TYPE_CHECKING:
@@ -271,7 +271,7 @@ class OuterStage:
             raise ValueError(
                 f"the prompt has {int(mask.sum())} {kind} placeholders, its videos make {sum(lengths)} tokens"
             )
-        text = shape_of(handle.model.config).text
+        text = text_shape(handle.model.config)
         layer = None if handle.inner is None else handle.inner.layer
         retain = None if handle.config.inner is None else handle.config.inner.retain
         keep = [0] * len(totals)

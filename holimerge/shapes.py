@@ -111,16 +111,16 @@ class ModelShape:
     vision: VisionShape
 
 
-def shape_of(config: Any) -> ModelShape:
-    """The shape of a Hugging Face config object (llava_onevision with SigLIP, qwen2_5_vl, qwen3_vl).
+def text_shape(config: Any) -> TextShape:
+    """The decoder's shape of a model's config.
 
-    Raises TypeError for any other model type. Source: the classes of transformers 5.23.
+    Raises TypeError where its layers are no plain ones: mixtures of experts, linear attention.
     """
-    kind = getattr(config, "model_type", type(config).__name__)
-    if kind not in ("llava_onevision", "qwen2_5_vl", "qwen3_vl"):
-        raise TypeError(f"no FLOPs model for {kind!r}; supported: llava_onevision, qwen2_5_vl, qwen3_vl")
-    t, v = config.text_config, config.vision_config
-    text = TextShape(
+    t = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config.text_config
+    experts = any(getattr(t, name, None) for name in ("num_experts", "n_routed_experts", "num_local_experts"))
+    if experts or "linear_attention" in (getattr(t, "layer_types", None) or []):
+        raise TypeError(f"no FLOPs model for the decoder of {config.model_type!r}; give a budget as retain or tokens")
+    return TextShape(
         layers=t.num_hidden_layers,
         width=t.hidden_size,
         heads=t.num_attention_heads,
@@ -129,7 +129,19 @@ def shape_of(config: Any) -> ModelShape:
         mlp=t.intermediate_size,
         vocab=t.vocab_size,
     )
-    if kind == "llava_onevision":
+
+
+def shape_of(config: Any) -> ModelShape:
+    """The shape of a Hugging Face config object (llava_onevision and llava_video with SigLIP, qwen2_5_vl, qwen3_vl).
+
+    Raises TypeError for any other model type. Source: the classes of transformers 5.23.
+    """
+    kind = getattr(config, "model_type", type(config).__name__)
+    if kind not in ("llava_onevision", "qwen2_5_vl", "qwen3_vl", "llava_video"):
+        raise TypeError(f"no FLOPs model for {kind!r}; supported: llava_onevision, qwen2_5_vl, qwen3_vl, llava_video")
+    v = config.vision_config
+    text = text_shape(config)
+    if kind in ("llava_onevision", "llava_video"):
         if v.model_type != "siglip_vision_model":
             raise TypeError(f"no FLOPs model for a {v.model_type!r} tower; supported: siglip_vision_model")
         features = 1 if isinstance(config.vision_feature_layer, int) else len(config.vision_feature_layer)
@@ -141,7 +153,7 @@ def shape_of(config: Any) -> ModelShape:
             temporal_patch=1,
             side=side,
             merge=1,
-            pooled=-(-side // 2),
+            pooled=side // 2 if kind == "llava_video" else -(-side // 2),
             projector=(v.hidden_size * features, text.width, text.width),
             channels=v.num_channels,
             head=getattr(v, "vision_use_head", True),

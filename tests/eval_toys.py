@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from holimerge.eval.tasks.base import Extracted, Loaded, Prompt, Sample, Task
 from holimerge.inputs import DEFAULT_TEMPLATES
+from holimerge.preprocess import LLAVA
 from holimerge.video import synthetic_clip, write_video
 
 _TEXT = "user assistant system what moves here first then which one is it red blue green round small left right"
@@ -21,7 +22,7 @@ WORDS = _TEXT.split()
 
 def letter_tokenizer(family: str) -> PreTrainedTokenizerFast:
     """Words as tokens; most of what a random model can write begins with a letter of an option."""
-    video, image = ("<video>", "<image>") if family == "llava_onevision" else ("<|video_pad|>", "<|image_pad|>")
+    video, image = ("<video>", "<image>") if family in LLAVA else ("<|video_pad|>", "<|image_pad|>")
     names = {0: "<pad>", 1: "<unk>", 2: "<|im_start|>", 3: "<|im_end|>", toys.VIDEO: video, toys.IMAGE: image}
     names |= {toys.VISION_START: "<|vision_start|>", toys.VISION_END: "<|vision_end|>"}
     free = [i for i in range(toys.TEXT["vocab_size"]) if i not in names]
@@ -38,7 +39,7 @@ def save_checkpoint(family: str, folder: Path) -> str:
     """A toy model with the files a published checkpoint has."""
     toys.make_model(family, gain=3.0).save_pretrained(folder)
     letter_tokenizer(family).save_pretrained(folder)
-    if family == "llava_onevision":
+    if family in LLAVA:
         values: dict[str, Any] = {"size": {"height": 28, "width": 28}, "resample": 3}
         values |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "rescale_factor": 1 / 255}
     else:

@@ -21,6 +21,7 @@ from holimerge.eval.doctor import UNTESTED, examine
 from holimerge.eval.load import load, to_model
 from holimerge.eval.run import run_once
 from holimerge.inputs import DEFAULT_TEMPLATES, FAMILIES, build_inputs
+from holimerge.preprocess import LLAVA
 from holimerge.video import read_video, synthetic_clip, write_video
 
 pytest.importorskip("av")
@@ -51,8 +52,8 @@ def word_tokenizer(family: str) -> PreTrainedTokenizerFast:
         1: "<unk>",
         2: "<|im_start|>",
         3: "<|im_end|>",
-        toys.VIDEO: "<video>" if family == "llava_onevision" else "<|video_pad|>",
-        toys.IMAGE: "<image>" if family == "llava_onevision" else "<|image_pad|>",
+        toys.VIDEO: "<video>" if family in LLAVA else "<|video_pad|>",
+        toys.IMAGE: "<image>" if family in LLAVA else "<|image_pad|>",
         toys.VISION_START: "<|vision_start|>",
         toys.VISION_END: "<|vision_end|>",
     }
@@ -71,7 +72,7 @@ def save_checkpoint(family: str, folder: Path) -> Path:
     """A toy model with the files a published checkpoint has."""
     toys.make_model(family).save_pretrained(folder)
     word_tokenizer(family).save_pretrained(folder)
-    if family == "llava_onevision":
+    if family in LLAVA:
         values: dict[str, Any] = {"size": {"height": 28, "width": 28}, "resample": 3}
         values |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "rescale_factor": 1 / 255}
         (folder / "chat_template.json").write_text(json.dumps({"chat_template": DEFAULT_TEMPLATES[family]}))
@@ -181,7 +182,7 @@ def test_mistakes_are_one_line(checkpoints: dict[str, str], clip: str, tmp_path:
     BertConfig().save_pretrained(tmp_path / "bert")
     message = fails("ask", clip, QUESTION, "--model", str(tmp_path / "bert"))
     assert "'bert'" in message
-    assert "supported families: llava_onevision, qwen2_5_vl" in message
+    assert "supported families: glm46v, glm4v" in message
     # a model_type that transformers itself does not know, as in the lmms-lab checkpoints
     (tmp_path / "bert" / "config.json").write_text(json.dumps({"model_type": "llava_llama_holi"}))
     assert "supported families:" in fails("ask", clip, QUESTION, "--model", str(tmp_path / "bert"))

@@ -43,7 +43,24 @@ def error(cfg, kind=ConfigError) -> str:
 def test_the_presets_are_those_of_the_specification():
     assert holimerge.list_presets() == sorted(PRESETS)
     assert holimerge.list_methods() == ["holitom", "keep_all"]
-    assert holimerge.list_families() == ["llava_onevision", "qwen2_5_vl"]
+    assert holimerge.list_families() == [
+        "glm46v",
+        "glm4v",
+        "glm4v_moe",
+        "internvl",
+        "llava_next_video",
+        "llava_onevision",
+        "llava_video",
+        "qwen2_5_omni_thinker",
+        "qwen2_5_vl",
+        "qwen2_vl",
+        "qwen3_5",
+        "qwen3_5_moe",
+        "qwen3_vl",
+        "qwen3_vl_moe",
+        "smolvlm",
+        "video_llama_3",
+    ]
 
 
 @pytest.mark.parametrize("name", PRESETS)

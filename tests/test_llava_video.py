@@ -21,10 +21,12 @@ from holimerge.eval import convert
 from holimerge.eval.cli import app
 from holimerge.eval.convert import convert_llava_video
 from holimerge.eval.load import Loaded, load
+from holimerge.eval.measure import measure
 from holimerge.inputs import build_inputs, collate
 from holimerge.llava_video import NEWLINES, LlavaVideoConfig, LlavaVideoForConditionalGeneration, layout_of
 from holimerge.preprocess import default_settings
-from holimerge.video import read_video, synthetic_clip
+from holimerge.shapes import shape_of
+from holimerge.video import read_video, synthetic_clip, write_video
 
 FRAMES = 6
 
@@ -121,11 +123,12 @@ def test_one_file_of_bfloat16_weights_with_tied_embeddings(parts: Parts, tmp_pat
     if not head:  # with tied embeddings it is not looked at
         del weights["lm_head.weight"]
     weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)  # a constant that older files hold
-    source = write_theirs(tmp_path / "source", weights, tie_word_embeddings=True)
+    source = write_theirs(tmp_path / "source", weights, tie_word_embeddings=True, mm_newline_position=None)
     save_file({k: v for file in SHARDS for k, v in load_file(source / file).items()}, source / "model.safetensors")
     for name in (INDEX, *SHARDS, "generation_config.json"):
         (source / name).unlink()
-    assert convert_llava_video(source, tmp_path / "target")["dtype"] == "bfloat16"
+    told = convert_llava_video(source, tmp_path / "target")
+    assert (told["dtype"], told["newline"]) == ("bfloat16", "one_token")
     model = load(tmp_path / "target").model
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert torch.equal(model.lm_head.weight, weights["model.embed_tokens.weight"])
@@ -175,6 +178,29 @@ def test_a_patched_checkpoint_answers_with_a_newline_for_every_row_that_holds_a_
     holimerge.unpatch_model(loaded.model)
     with torch.no_grad():
         torch.testing.assert_close(kept, loaded.model(**inputs).logits)
+
+
+def test_ask_and_measure_count_the_newlines_that_enter(converted: dict[str, Path], tmp_path: Path) -> None:
+    loaded = load(converted["grid"])
+    inputs, text = inputs_of(loaded), 69  # bytes and special tokens of the prompt
+    configs = (None, {"base": "holimerge-25", "inner": None})
+    full, merged = (
+        measure(loaded.model, inputs, config=config, warmup=0, repeats=1, new_tokens=0, count=True)
+        for config in configs
+    )
+    assert full["tokens"] == {**full["tokens"], "entering": 54, "separators": FRAMES * POOLED, "text": text}
+    assert full["flops"]["total"] == full["flops_measured"]
+    assert shape_of(loaded.model.config).vision.tokens_per_step(None) == POOLED**2
+    assert merged["tokens"]["text"] == text
+    # released static tokens are not in the formulas; a newline too many would be a hundredth
+    assert merged["flops"]["total"] == pytest.approx(merged["flops_measured"], rel=1e-3)
+    assert 1 <= merged["tokens"]["separators"] < FRAMES * POOLED
+    clip = write_video(tmp_path / "clip.mp4", synthetic_clip(24, 60, 80), fps=8)
+    asked = ("ask", clip, "What moves?", "--model", str(converted["grid"]), "--frames", str(FRAMES), "--json")
+    done = CliRunner().invoke(app, [*asked, "--config", "holimerge-25", "--max-new-tokens", "4"])
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout)["cases"]["holimerge-25"]
+    assert (told["tokens"]["features"], told["tokens"]["entering"], told["tokens"]["text"]) == (54, 14, text)
 
 
 def without(*names: str) -> Any:

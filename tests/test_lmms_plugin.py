@@ -34,7 +34,7 @@ from holimerge.eval.lmms_plugin import (
 from holimerge.eval.load import Loaded, load, to_model
 from holimerge.eval.tasks import synthetic
 from holimerge.eval.tiny import CHECKPOINT
-from holimerge.inputs import FAMILIES, build_inputs
+from holimerge.inputs import build_inputs
 from holimerge.video import read_video, synthetic_clip, write_video
 
 pytest.importorskip("av")
@@ -42,7 +42,7 @@ ROOT = Path(__file__).parents[1]
 PYTHON = Path(sys.prefix + "-lmms") / "bin" / "python"
 needs_lmms_eval = pytest.mark.skipif(not PYTHON.exists(), reason=f"no {PYTHON}: `make test-lmms` makes it")
 CONFIG, FRAMES, WORDS = "holimerge-15", 6, 5
-MODELS = {family: f"holimerge_{family}" for family in FAMILIES}
+MODELS = {family: f"holimerge_{family}" for family in lmms_plugin.MODELS.values()}
 
 
 # --- what holimerge computes directly --------------------------------------------------------------------------------
@@ -115,7 +115,7 @@ def rows_of(loaded: Loaded, clips: list[str]) -> list[dict[str, Any]]:
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A checkpoint of each family."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    return {family: save_checkpoint(family, folder / family) for family in FAMILIES}
+    return {family: save_checkpoint(family, folder / family) for family in lmms_plugin.MODELS.values()}
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ from holimerge.eval.pictures import (
     static_tokens,
 )
 from holimerge.methods.holitom import HolitomOptions, reduce
+from holimerge.placement import Placement
 from holimerge.report import VideoReport
 from holimerge.tokens import MergeRecord, Target, VideoTokens, keep_everything
 
@@ -40,7 +41,7 @@ def video_of(retain: float, seed: int = 0, exact: bool = True) -> VideoReport:
         scenes.append(x)
     tokens = VideoTokens(torch.cat(scenes), torch.rand(8, CELLS, generator=noise))
     record = reduce(tokens, Target(round(retain * 8 * CELLS), retain, exact), HolitomOptions())
-    return VideoReport(record, (ROWS, COLUMNS))
+    return VideoReport(Placement(record), (ROWS, COLUMNS))
 
 
 def frames_of(count: int = 8) -> np.ndarray:
@@ -119,7 +120,7 @@ def test_frames_stand_at_their_place_also_when_a_strip_skips_some():
     """100 frames, of which every seventh is drawn, anew from each segment's first; the last of a segment is cut off."""
     record = dataclasses.replace(keep_everything(100, 4), segments=((0, 31), (32, 99)))
     frames = np.arange(100, dtype=np.uint8)[:, None, None, None].repeat(4, 1).repeat(14, 2).repeat(3, 3)
-    strip = frame_strip(frames, VideoReport(record, (2, 2))).axes[0]
+    strip = frame_strip(frames, VideoReport(Placement(record), (2, 2))).axes[0]
     assert [int(im.get_array()[0, 0, 0]) for im in strip.images] == [*range(0, 32, 7), *range(32, 100, 7)]
     for im in strip.images:
         start, end, *_ = im.get_extent()
@@ -157,7 +158,7 @@ def test_a_cell_lies_where_its_token_was():
     weight = torch.zeros(2 * CELLS)
     weight[[anchor, anchor + 1]] = 0.5
     record = MergeRecord(2, CELLS, assignment, weight, torch.tensor([anchor]), 2)
-    axes = kept_tokens(frames_of(2), VideoReport(record, (ROWS, COLUMNS)), [0, 1]).axes
+    axes = kept_tokens(frames_of(2), VideoReport(Placement(record), (ROWS, COLUMNS)), [0, 1]).axes
     assert cells(axes[2]) == {"dropped": CELLS}
     (kept,), (merged,) = ([p for p in axes[3].patches if p.get_gid() == gid] for gid in ("kept", "merged"))
     # a frame of 30 x 40 pixels, cells of 10 x 10; pixel centres are whole numbers
@@ -168,7 +169,7 @@ def test_a_cell_lies_where_its_token_was():
 
 def test_merged_cells_have_the_colour_of_their_anchor():
     record = video_of(0.25).record
-    figure = kept_tokens(frames_of(), VideoReport(record, (ROWS, COLUMNS)), range(5))
+    figure = kept_tokens(frames_of(), VideoReport(Placement(record), (ROWS, COLUMNS)), range(5))
     owner = record.assignment.view(8, CELLS)
     colours: dict[int, set[tuple[float, ...]]] = {}
     for frame, axes in enumerate(figure.axes[5:]):
