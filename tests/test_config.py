@@ -67,7 +67,7 @@ def test_the_presets_are_those_of_the_specification():
 def test_preset_values(name):
     config = load_config(name)
     if name == "keep-all":
-        assert config.to_dict() == {"method": "keep_all"}
+        assert config.to_dict() == {"method": "keep_all", "treat_images_as_video": False}
         return
     percent, authors = int(name[-2:]), name.startswith("holitom")
     assert config.method == "holitom"
