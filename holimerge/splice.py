@@ -95,8 +95,8 @@ def token_mask(
     Raises:
         ValueError: a custom 4-D mask, which cannot be shortened.
     """
-    if isinstance(mask, dict):  # one per kind of layer, each maybe None
-        mask = next(iter(mask.values()))
+    if isinstance(mask, dict):  # one per kind of layer, each maybe None; a linear layer's is about the new tokens alone
+        mask = next((value for kind, value in mask.items() if kind != "linear_attention"), None)
     if mask is None:
         return None
     if mask.ndim == 2:
