@@ -37,16 +37,24 @@ SCENES = 4  # clips joined in the test video, each with one cut in its middle
 
 
 def video_features(
-    frames: int, *, side: int = SIDE, width: int = WIDTH, seed: int = SEED, dtype: torch.dtype = torch.float32
+    frames: int,
+    *,
+    side: int = SIDE,
+    width: int = WIDTH,
+    seed: int = SEED,
+    dtype: torch.dtype = torch.float32,
+    scenes: int = SCENES,
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """Features [T, side^2, width] and scores [T, side^2] of a decoded H.264 clip, and what the clip was.
+
+    scenes: clips joined in it, each with one cut in its middle.
 
     The pixels are centred before the projection, as image models do; otherwise every two patches would look alike.
     """
     from holimerge.video import read_video, synthetic_clip, write_video
 
     edge = side * 16
-    count = [len(part) for part in np.array_split(np.arange(frames), min(SCENES, frames))]
+    count = [len(part) for part in np.array_split(np.arange(frames), min(scenes, frames))]
     clip = np.concatenate([synthetic_clip(n, edge, edge, seed=seed + i) for i, n in enumerate(count)])
     with tempfile.TemporaryDirectory() as folder:
         path = write_video(Path(folder) / "clip.mp4", clip, fps=8, gop=16, crf=23)

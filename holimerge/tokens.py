@@ -4,9 +4,46 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
+
+_COPY_BYTES = 2**28  # of a float32 copy held at once
+
+
+def upload(values: Any, device: torch.device) -> Tensor:
+    """Numbers of the host as a tensor on a device, without waiting for what the device is doing."""
+    tensor = torch.tensor(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def sum_of_rows(x: Tensor, rows: Tensor, starts: Tensor, *, weights: Tensor | None = None, mode: str = "sum") -> Tensor:
+    """Sums or means of groups of rows, formed in float32 (float64 for float64) and deterministic.
+
+    Args:
+        x: [M, C] of any float dtype; it is read once, and no float32 copy of all of it is held.
+        rows: [R] int64, rows of x, those of a group side by side.
+        starts: [G] int64, where each group begins in `rows`; a group may be empty and is zero then.
+        weights: [R] or None, for mode "sum".
+        mode: "sum" or "mean".
+
+    Returns:
+        [G, C] float32 (float64 for float64).
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if weights is not None:
+        weights = weights.to(dtype)
+
+    def bags(index: Tensor, values: Tensor) -> Tensor:
+        return torch.nn.functional.embedding_bag(index, values, starts, mode=mode, per_sample_weights=weights)
+
+    if x.dtype == dtype:
+        return bags(rows, x)
+    index = torch.arange(rows.shape[0], device=x.device)
+    columns = max(64, _COPY_BYTES // (4 * max(1, rows.shape[0])))
+    parts = [bags(index, part[rows].to(dtype)) for part in x.split(columns, dim=1)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 @dataclass(frozen=True)
@@ -109,13 +146,8 @@ class MergeRecord:
         """
         held, weight = self._grouped
         source = held if rows is None else rows[held]
-        flat = x.reshape(x.shape[0], -1)
-        if flat.dtype not in (torch.float32, torch.float64):
-            flat, source = flat[source].float(), torch.arange(self.members, device=x.device)
         starts = self.sizes.cumsum(0) - self.sizes
-        merged = torch.nn.functional.embedding_bag(
-            source, flat, starts, mode="sum", per_sample_weights=weight.to(flat.dtype)
-        )
+        merged = sum_of_rows(x.reshape(x.shape[0], -1), source, starts, weights=weight)
         return merged.to(x.dtype).reshape(self.kept, *x.shape[1:])
 
     def kept_per_frame(self) -> list[int]:

@@ -7,9 +7,10 @@ import oracle
 import pytest
 import torch
 
-from holimerge.methods.holitom import HolitomOptions, reduce
+import holimerge.tokens as tokens_module
+from holimerge.methods.holitom import HolitomOptions, _reduced, reduce
 from holimerge.segment import optimal_segments, pair_cosines, run_lengths, window_counts
-from holimerge.tokens import Target, VideoTokens
+from holimerge.tokens import Target, VideoTokens, sum_of_rows
 
 KINDS = ["mixed", "different", "static", "ties", "still_scenes"]
 
@@ -164,3 +165,38 @@ def test_cosines_of_zero_vectors_are_zero_and_long_videos_are_chunked():
     torch.testing.assert_close(cosine, expected)
     assert (cosine[9:11] == 0).all()
     torch.testing.assert_close(norm, x.norm(dim=-1))
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("keep", [1, 40, 200])
+@pytest.mark.parametrize("order", ["raster", "segment"])
+def test_the_device_is_asked_once(keep, exact, order):
+    # A meta tensor has no values: whatever would wait for them raises. Window counts come first, as in `reduce`.
+    rng = np.random.default_rng(3)
+    x, scores = (torch.from_numpy(v).float() for v in make_video(rng, "still_scenes", 12, 20, 6))
+    options = HolitomOptions(similarity=0.9, order=order)
+    target = Target(keep, keep / 240, exact)
+    record = reduce(VideoTokens(x, scores), target, options)
+    assert record.temporal > 40  # so that 200 tokens are more than temporal merging leaves: some are released
+    assert bool(record.clustered) == (keep < 200)
+    assert bool(record.clustered) == (keep < 200)
+    runs = run_lengths(pair_cosines(x)[0] > options.similarity)
+    windows = window_counts(runs).numpy()
+    blind = _reduced(x.bfloat16().to("meta"), scores.to("meta"), runs.to("meta"), windows, target, options)
+    merged = blind.merge(torch.empty(240, 9, dtype=torch.bfloat16, device="meta"))
+    assert (blind.kept, blind.members, merged.shape) == (record.kept, record.members, (record.kept, 9))
+    assert blind.slots.shape == blind.anchor.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sums_of_lower_precision_are_formed_in_float32_in_pieces_of_any_size(monkeypatch, dtype):
+    x, rows = torch.randn(50, 200).to(dtype), torch.randint(0, 50, (90,))
+    starts, weights = torch.tensor([0, 3, 3, 40]), torch.rand(90)
+    groups = [rows[a:b] for a, b in [(0, 3), (3, 3), (3, 40), (40, 90)]]
+    parts = [weights[a:b] for a, b in [(0, 3), (3, 3), (3, 40), (40, 90)]]
+    expected = torch.stack([(x[g].double() * w[:, None]).sum(0) for g, w in zip(groups, parts, strict=True)])
+    for limit in (2**28, 1):
+        monkeypatch.setattr(tokens_module, "_COPY_BYTES", limit)
+        found = sum_of_rows(x, rows, starts, weights=weights)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)

@@ -16,6 +16,7 @@ from toys import make_model, prompt
 
 import holimerge
 from holimerge.eval.bench import bench_inputs, bench_model
+from holimerge.eval.bench_growth import PeakMemory, bench_growth, growth_figure
 from holimerge.eval.bench_reduction import bench_case
 from holimerge.eval.measure import gains, measure, measure_cases, spread
 from holimerge.eval.run import run_once
@@ -270,3 +271,27 @@ def test_reduction_bench_compares_equal_work() -> None:
         assert found["ms"][side]["n"] == 2
     assert found["speedup"] == pytest.approx(found["ms"]["theirs"]["median"] / found["ms"]["ours"]["median"], abs=1e-3)
     json.dumps(found)
+
+
+def test_peak_memory_is_what_was_alive_at_once() -> None:
+    given = torch.zeros(1000)
+    with PeakMemory() as watch:
+        a = given + 1  # 4000 bytes
+        b = a.view(10, 100) * 2  # a view holds nothing; 4000 more
+        del a
+        b.add_(1)
+        c = torch.cat([b, b])  # 8000 more
+        del b, c
+    assert watch.peak == 12000
+    assert watch.live == 0
+
+
+def test_growth_bench_and_its_picture() -> None:
+    result = bench_growth(frames=(4, 16), width=32, device="cpu", repeats=1, warmup=0)
+    short, long = result["lengths"]
+    assert long["features_bytes"] == 4 * short["features_bytes"] == 16 * 196 * 32 * 4
+    assert long["memory_bytes"] > short["memory_bytes"] > 0
+    assert result["growth"]["memory"] == pytest.approx(long["memory_per_frame"] / short["memory_per_frame"], abs=1e-3)
+    axes = growth_figure(result).axes
+    assert [len(line.get_xdata()) for line in axes[0].lines] == [2, 2]
+    assert list(axes[1].lines[1].get_ydata()) == [r["memory_bytes"] / 2**20 for r in (short, long)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import cast
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -16,7 +17,7 @@ from ..allocation import authors_counts, largest_remainder
 from ..cluster import centre_weights, density_peaks
 from ..config import OuterOptions
 from ..segment import optimal_segments, pair_cosines, run_lengths, window_counts
-from ..tokens import MergeRecord, Target, VideoTokens
+from ..tokens import MergeRecord, Target, VideoTokens, sum_of_rows, upload
 from .base import Method
 
 _CLUSTER_CHUNK = 64  # segments clustered at once, at most
@@ -46,16 +47,16 @@ class _Layout:
         device = runs.device
         self.segments = segments
         self.length = [end - start + 1 for start, end in segments]
-        self.segment = torch.tensor([i for i, n in enumerate(self.length) for _ in range(n)], device=device)
-        first = torch.tensor([start for start, _ in segments], device=device)
-        last = torch.tensor([end for _, end in segments], device=device)
+        bounds = upload(segments, device)
+        first, last = bounds[:, 0], bounds[:, 1]
+        self.segment = torch.arange(frames, device=device)[:, None].gt(last).sum(1)
         span = (last - first)[:, None]
         if frames > 1:
             # a position is static in a segment if its run ending with the segment's last pair covers all its pairs
             self.static_set = (runs[(last - 1).clamp_min(0)] >= span) & (span > 0)
         else:
             self.static_set = torch.zeros(1, per_frame, dtype=torch.bool, device=device)
-        self.first = first
+        self.first, self.last = first, last
         self.static = self.static_set[self.segment]
         self.cell = torch.arange(frames * per_frame, device=device).view(frames, per_frame)
         # a static token belongs to the group that stands in its segment's first frame
@@ -67,7 +68,7 @@ def _dynamic_kept(scores: Tensor, layout: _Layout, counts: list[int]) -> Tensor:
     """[T, N] bool: in each frame the `counts` dynamic tokens of highest score, ties to the lower index."""
     order = scores.masked_fill(layout.static, -torch.inf).argsort(dim=1, descending=True, stable=True)
     rank = order.argsort(dim=1)
-    return (rank < torch.tensor(counts, device=scores.device)[:, None]) & ~layout.static
+    return (rank < upload(counts, scores.device)[:, None]) & ~layout.static
 
 
 def _cluster_static(
@@ -86,49 +87,45 @@ def _cluster_static(
     step = max(1, min(_CLUSTER_CHUNK, (2**30 if x.is_cuda else 2**24) // most))
     for begin in range(0, len(which), step):
         chunk = which[begin : begin + step]
-        picked = torch.tensor(chunk, device=device)
-        size = torch.tensor([static[s] for s in chunk], device=device)
+        wanted = [counts[s] for s in chunk]
+        picked, size, centre_count = upload([chunk, [static[s] for s in chunk], wanted], device)
         width = max(static[s] for s in chunk)
         position = (~layout.static_set[picked]).long().argsort(dim=1, stable=True)[:, :width]
         valid = torch.arange(width, device=device) < size[:, None]
-        points = _temporal_means(x, layout, chunk, position, static)
-        wanted = [counts[s] for s in chunk]
-        owner = density_peaks(points, valid, torch.tensor(wanted, device=device), options.neighbours, max(wanted))
+        members = sum(static[s] * layout.length[s] for s in chunk)
+        points = _temporal_means(x, layout, picked, position, valid, members)
+        owner = density_peaks(points, valid, centre_count, options.neighbours, max(wanted))
         weight = centre_weights(owner, valid, options.beta, points.dtype)
         base = layout.cell[layout.first[picked], 0][:, None]
-        # known sizes: flatten without asking the device how many rows are valid
-        keep = _flatten_index([static[s] for s in chunk], width, device)
+        # the valid ones in order, without asking the device how many there are
+        keep = (~valid.flatten()).long().argsort(stable=True)[: sum(static[s] for s in chunk)]
         cells.append((base + position).flatten()[keep])
         centres.append((base + position.gather(1, owner)).flatten()[keep])
         weights.append(weight.flatten()[keep])
     return torch.cat(cells), torch.cat(centres), torch.cat(weights)
 
 
-def _flatten_index(sizes: list[int], width: int, device: torch.device) -> Tensor:
-    return torch.tensor([row * width + i for row, n in enumerate(sizes) for i in range(n)], device=device)
+def _temporal_means(
+    x: Tensor, layout: _Layout, picked: Tensor, position: Tensor, valid: Tensor, members: int
+) -> Tensor:
+    """[S, n, D] float32: the mean over its segment's frames of every static position, padding zero.
 
-
-def _temporal_means(x: Tensor, layout: _Layout, chunk: list[int], position: Tensor, static: list[int]) -> Tensor:
-    """[S, n, D] float32: the mean over its segment's frames of every static position, padding zero."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    picked: [S] int64, the segments. position: [S, n] int64, their static positions, valid: [S, n] bool. members: how
+    many tokens they have over all their frames.
+    """
     frames, per_frame, depth = x.shape
-    flat, device = x.reshape(frames * per_frame, depth), x.device
-    width = position.shape[1]
-    rows, sizes = [], []
-    for row, s in enumerate(chunk):  # the frames of one group side by side
-        n, (first, last) = static[s], layout.segments[s]
-        frame = torch.arange(first, last + 1, device=device) * per_frame
-        rows.append((position[row, :n, None] + frame).flatten())
-        sizes += [last - first + 1] * n + [0] * (width - n)  # a group of padding is empty: its mean is zero
-    index = torch.cat(rows)
-    size = torch.tensor(sizes, device=device)
-    if flat.dtype != dtype:
-        flat, index = flat[index].to(dtype), torch.arange(index.shape[0], device=device)
-    means = torch.nn.functional.embedding_bag(index, flat, size.cumsum(0) - size, mode="mean")
-    return means.view(len(chunk), width, depth)
+    first = layout.first[picked]
+    # the frames of one group side by side; a group of padding is empty, so that its mean is zero
+    size = torch.where(valid, (layout.last[picked] - first + 1)[:, None], 0).flatten()
+    start = size.cumsum(0) - size
+    owner = torch.arange(size.shape[0], device=x.device).repeat_interleave(size, output_size=members)
+    frame = torch.arange(members, device=x.device) - start[owner] + first.repeat_interleave(position.shape[1])[owner]
+    rows = frame * per_frame + position.flatten()[owner]
+    means = sum_of_rows(x.reshape(frames * per_frame, depth), rows, start, mode="mean")
+    return means.view(*position.shape, depth)
 
 
-def _release(x: Tensor, layout: _Layout, amount: int) -> tuple[Tensor, Tensor, Tensor]:
+def _release(x: Tensor, layout: _Layout, static_sets: list[int], amount: int) -> tuple[Tensor, Tensor, Tensor]:
     """Undo temporal merging for the `amount` static members least similar to their group's mean.
 
     Ties go by frame, then position; a group's last member stays.
@@ -138,51 +135,50 @@ def _release(x: Tensor, layout: _Layout, amount: int) -> tuple[Tensor, Tensor, T
         remaining member.
     """
     frames, per_frame, width = x.shape
+    total, device = frames * per_frame, x.device
     flat = x.reshape(-1, width)
     dtype = torch.promote_types(x.dtype, torch.float32)
-    member = layout.static.flatten().nonzero().squeeze(1)
+    # sizes of all groups in the order of their cells, known on the host
+    sizes = [length for count, length in zip(static_sets, layout.length, strict=True) for _ in range(count)]
+    member = (~layout.static.flatten()).long().argsort(stable=True)[: sum(sizes)]
     group = layout.group.flatten()[member]
     order = group.argsort(stable=True)
-    counts = torch.bincount(group, minlength=frames * per_frame)
-    present = counts.nonzero().squeeze(1)
-    size = counts[present]
-    ordinal = torch.zeros(frames * per_frame, dtype=torch.long, device=x.device)
-    ordinal[present] = torch.arange(present.shape[0], device=x.device)
-    cosine = torch.empty(member.shape[0], dtype=dtype, device=x.device)
-    ends = size.cumsum(0).tolist()
-    step = max(1, 4096 // max(1, int(size.max())))  # groups at a time: bounds the float32 copy
-    for begin in range(0, len(ends), step):
-        stop = min(begin + step, len(ends))
-        rows = order[(ends[begin - 1] if begin else 0) : ends[stop - 1]]
+    cosine = torch.empty(member.shape[0], dtype=dtype, device=device)
+    size = upload(sizes, device)
+    done = 0
+    step = max(1, 4096 // max(layout.length))  # groups at a time: bounds the float32 copy
+    for begin in range(0, len(sizes), step):
+        count = sum(sizes[begin : begin + step])
+        rows = order[done : done + count]
+        done += count
+        here = size[begin : begin + step]
         values = flat[member[rows]].to(dtype)
-        sizes = size[begin:stop]
-        starts = sizes.cumsum(0) - sizes
         mean = torch.nn.functional.embedding_bag(
-            torch.arange(rows.shape[0], device=x.device), values, starts, mode="mean"
+            torch.arange(count, device=device), values, here.cumsum(0) - here, mode="mean"
         )
-        mean = mean[ordinal[group[rows]] - begin]
+        mean = mean.repeat_interleave(here, dim=0, output_size=count)
         norms = torch.linalg.vector_norm(values, dim=-1) * torch.linalg.vector_norm(mean, dim=-1)
         cosine[rows] = torch.einsum("md,md->m", values, mean) / norms.clamp_min(1e-12)
     # Equal members differ by rounding noise; on a grid of 2^-20 they tie. Members are listed by frame, then position,
     # so the stable sort breaks ties as promised.
     by_cosine = (cosine * 2**20).round().argsort(stable=True)
     place = by_cosine.argsort()
-    last = torch.full((frames * per_frame,), -1, dtype=torch.long, device=x.device)
+    last = torch.full((total,), -1, dtype=torch.long, device=device)
     last.scatter_reduce_(0, group, place, "amax")
-    free = by_cosine[place[by_cosine] != last[group[by_cosine]]]
+    stays = place == last[group]
+    free = by_cosine[stays[by_cosine].long().argsort(stable=True)]
     released = member[free[:amount]]
 
     static = layout.static.flatten().clone()
     static[released] = False
-    member = static.nonzero().squeeze(1)
-    group = layout.group.flatten()[member]
-    size = torch.bincount(group, minlength=frames * per_frame)
-    head = torch.full((frames * per_frame,), frames * per_frame, dtype=torch.long, device=x.device)
-    head.scatter_reduce_(0, group, member, "amin")
-    new_group = layout.cell.flatten().clone()
-    new_group[member] = head[group]
-    share = torch.ones(frames * per_frame, dtype=layout.share.dtype, device=x.device)
-    share[member] = size[group].to(share.dtype).reciprocal()
+    # what is no member of a group any more goes to a cell of its own
+    group = torch.where(static, layout.group.flatten(), layout.cell.flatten())
+    head = torch.full((total,), total, dtype=torch.long, device=device)
+    head.scatter_reduce_(0, layout.group.flatten(), torch.where(static, layout.cell.flatten(), total), "amin")
+    held = torch.zeros(total, dtype=torch.long, device=device)
+    held.scatter_add_(0, layout.group.flatten(), static.long())
+    new_group = torch.where(static, head[group], group)
+    share = torch.where(static, held[group].clamp_min(1).to(layout.share.dtype).reciprocal(), 1)
     return static.view(frames, per_frame), new_group.view(frames, per_frame), share.view(frames, per_frame)
 
 
@@ -205,9 +201,6 @@ def reduce(tokens: VideoTokens, target: Target, options: HolitomOptions) -> Merg
     """
     x = tokens.features
     scores = cast(Tensor, tokens.scores).to(torch.promote_types(x.dtype, torch.float32))
-    frames, per_frame, _ = x.shape
-    total = frames * per_frame
-
     cosine, norm = pair_cosines(x)
     runs = run_lengths(cosine > options.similarity)
     finite = (torch.isfinite(norm).all() & torch.isfinite(scores).all()).long()
@@ -215,7 +208,16 @@ def reduce(tokens: VideoTokens, target: Target, options: HolitomOptions) -> Merg
     host = torch.cat([window_counts(runs).flatten(), finite[None]]).cpu().numpy()
     if not host[-1]:
         raise ValueError("the vision tower's output holds values that are not finite (NaN or infinity)")
-    windows = host[:-1].reshape(frames - 1, frames + 1)
+    frames = x.shape[0]
+    return _reduced(x, scores, runs, host[:-1].reshape(frames - 1, frames + 1), target, options)
+
+
+def _reduced(
+    x: Tensor, scores: Tensor, runs: Tensor, windows: np.ndarray, target: Target, options: HolitomOptions
+) -> MergeRecord:
+    """The record, once the window counts are on the host: from here on no device is asked for anything."""
+    frames, per_frame, _ = x.shape
+    total = frames * per_frame
     segments, removed = optimal_segments(windows, options.max_segment)
 
     layout = _Layout(segments, runs, frames, per_frame, scores.dtype)
@@ -233,7 +235,7 @@ def reduce(tokens: VideoTokens, target: Target, options: HolitomOptions) -> Merg
     else:
         counts = units
         if target.tokens > left:
-            static, group, share = _release(x, layout, target.tokens - left)
+            static, group, share = _release(x, layout, static_sets, target.tokens - left)
 
     kept_dynamic = [n for unit in counts for n in unit[1:]]
     kept_static = [unit[0] for unit in counts]
@@ -242,7 +244,7 @@ def reduce(tokens: VideoTokens, target: Target, options: HolitomOptions) -> Merg
     if counts != units:
         keep = _dynamic_kept(scores, layout, kept_dynamic)
         home = torch.where(keep.flatten() | layout.static.flatten(), home, -1)
-        dropped = torch.tensor([c == 0 for c in kept_static], device=x.device)[layout.segment][:, None] & static
+        dropped = upload([c == 0 for c in kept_static], x.device)[layout.segment][:, None] & static
         home = torch.where(dropped.flatten(), -1, home)
     clustered = [i for i, (c, n) in enumerate(zip(kept_static, static_sets, strict=True)) if 0 < c < n]
     if clustered:
