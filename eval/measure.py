@@ -214,5 +214,8 @@ def analytic_flops(
         matched=not merged or config is None or config.inner is None or config.inner.merge != "drop",
     )
     rest = tokens["text"] + tokens["separators"]
-    decode = decode_cost(shape.text, rest + tokens["entering"], None if after is None else rest + after, layer)
+    if merged and config is not None and config.inner is not None and config.inner.compact_cache:
+        decode = decode_cost(shape.text, rest + tokens["after_inner"])
+    else:
+        decode = decode_cost(shape.text, rest + tokens["entering"], None if after is None else rest + after, layer)
     return {**cost.to_dict(), "decode_per_token": decode}

@@ -92,11 +92,14 @@ class Inner(Section):
     retain: share of the prompt's entering video tokens that is kept, in (0, 1].
     merge: mean (weighted by the tokens each holds, order-independent), pairwise (the authors' running average),
         drop (nothing is merged, as FastV).
+    compact_cache: after the prompt, layers below `layer` forget the merged tokens too. Decoding then reads and holds
+        less, and those layers no longer see what they saw of them: an approximation beyond the merge itself.
     """
 
     layer: int | float
     retain: float = Field(0.5, gt=0, le=1)
     merge: Literal["mean", "pairwise", "drop"] = "mean"
+    compact_cache: bool = False
 
     @field_validator("layer")
     @classmethod

@@ -219,8 +219,15 @@ class Handle:
                 )
             if kwargs.get("pixel_values_videos") is not None or kwargs.get("pixel_values") is not None:
                 self.inner.check_cache(kwargs.get("past_key_values"))
+                self.inner.check_compact(kwargs.get("past_key_values"))
             static = getattr(kwargs.get("past_key_values"), "is_compileable", False)
-            if setting("cache_implementation") is not None or static:
+            named = setting("cache_implementation")
+            if self.inner.options.compact_cache and named not in (None, "dynamic", "dynamic_full", "offloaded"):
+                raise ValueError(
+                    f"inner.compact_cache: a cache of cache_implementation {named!r} cannot lose tokens; use 'dynamic' "
+                    "or 'offloaded', or leave compact_cache out"
+                )
+            if named is not None or static:
                 kwargs["disable_compile"] = True  # lengths that differ by layer break the compiled decoding step
         given_ids = isinstance(inputs, Tensor) and not inputs.is_floating_point()
         ids = inputs if given_ids else kwargs.get("input_ids")
@@ -397,6 +404,8 @@ class Handle:
         assert call.report is not None
         call.report.clock.stop("prefill", kwargs["inputs_embeds"].device)
         if call.packing is not None:
+            if self.inner is not None:
+                self.inner.compact(call)
             unpack(call, output)
         self._reported(call.report)
         placements = call.placements

@@ -32,6 +32,7 @@ class InnerRun:
     scores: [B, P] float32, filled at layer k - 1.
     index, real: [B, P'] columns of the packing that go on above layer k (None: all).
     owners: per row, the owner of each entering video token.
+    compacted: how many entries the layers below k lost to `compact_cache`.
     arguments: what layers from k on get in place of the language model's; linear_mask: their mask if they are linear.
     """
 
@@ -49,13 +50,17 @@ class InnerRun:
     owners: list[Tensor] = field(default_factory=list)
     arguments: dict[str, Any] = field(default_factory=dict)
     linear_mask: Tensor | None = None
+    compacted: int = 0
 
     def state_after(self, state: CacheState) -> CacheState:
         """The cache's state with the shorter upper layers in it."""
         if self.real is None:  # nothing went, and the cache's layers are all alike
             return replace(state, inner_layer=self.layer, inner_mask=state.mask, inner_padded=state.padded)
         mask = joined(self.prior, self.real, self.held)
-        return replace(state, inner_layer=self.layer, inner_mask=mask, inner_padded=self.padded)
+        state = replace(state, inner_layer=self.layer, inner_mask=mask, inner_padded=self.padded)
+        if self.compacted:  # all layers hold the same now
+            state = replace(state, hidden=state.hidden + self.compacted, mask=mask, padded=self.padded)
+        return state
 
 
 class InnerStage:
@@ -85,6 +90,11 @@ class InnerStage:
         # the modules themselves: a user may wrap the entries of `layers` later
         self.first, self.first_measured = self.layers[self.layer], self.layers[self.measured]
         self.linear = [x for x, kind in zip(self.layers, self.types, strict=True) if kind == "linear_attention"]
+        if options.compact_cache and windows:
+            raise ConfigError(
+                f"inner.compact_cache: layers of this model below layer {self.layer} attend to windows, whose caches "
+                "cannot lose tokens; leave it out"
+            )
         if (getattr(handle.model, "_tp_size", None) or 1) > 1:
             raise ConfigError(
                 "inner: the model runs tensor-parallel, where each rank sees its own heads and would choose other "
@@ -112,6 +122,38 @@ class InnerStage:
                 "use a dynamic or static cache, or a configuration without an inner block"
             )
 
+    def check_compact(self, cache: Cache | None) -> None:
+        """Refuse a cache whose layers below k cannot lose tokens, where they should."""
+        if not self.options.compact_cache or cache is None:
+            return
+        for store, linear in zip(cache.layers[: self.layer], self._kinds_below(), strict=False):
+            if not linear and type(store) is not DynamicLayer:
+                raise ValueError(
+                    f"inner.compact_cache: a {type(store).__name__} cannot lose tokens; use a dynamic cache, or leave "
+                    "compact_cache out"
+                )
+
+    def compact(self, call: Call) -> None:
+        """After a prompt: take the merged tokens out of the cache's layers below k too, if that is wanted."""
+        run, packing = call.inner, call.packing
+        if not self.options.compact_cache or run is None or run.index is None or packing is None or run.cache is None:
+            return
+        new = packing.index.shape[1]
+        for store, linear in zip(run.cache.layers[: self.layer], self._kinds_below(), strict=False):
+            if linear:
+                continue
+            for name in ("keys", "values"):
+                held: Tensor = getattr(store, name)
+                where = run.index.to(held.device)[:, None, :, None]
+                before, here = held[:, :, : held.shape[2] - new], held[:, :, held.shape[2] - new :]
+                kept = here.gather(2, where.expand(-1, held.shape[1], -1, held.shape[3]))
+                setattr(store, name, torch.cat([before, kept], dim=2))
+        run.compacted = new - run.index.shape[1]
+
+    def _kinds_below(self) -> list[bool]:
+        """Whether each layer below k is linear."""
+        return [kind == "linear_attention" for kind in self.types[: self.layer]]
+
     def begin(self, call: Call) -> None:
         """Before the language model runs on a packed prompt: find the query.
 
@@ -127,6 +169,7 @@ class InnerStage:
             # assisted generation runs guesses behind the prompt, in the same forward
             query = _last(packing.real & (packing.index < prompt.unseen))
         cache = packing.cache
+        self.check_compact(cache)
         state = cache_state(cache)
         held = held_length(cache, self.measured)
         prior, padded = packing.prior, packing.prior_padded
