@@ -27,7 +27,8 @@ def answer_video(
 ) -> dict[str, Any]:
     """Read a video, load a checkpoint, answer greedily; with `compare` also unpatched.
 
-    Each case is one run. With `compare` both are warmed up by one token first, else the times hold a first run.
+    A configuration with `more_frames` reads that many times `frames`; with `compare` both sides see them. Each case is
+    one run. With `compare` both are warmed up by one token first, else the times hold a first run.
 
     Returns:
         `answers` by case, `cases` (tokens, ms, flops; as in `holimerge.eval.measure`), `before` (decode, preprocess),
@@ -53,7 +54,7 @@ def answer_video(
     layer = None if loaded_config.inner is None else loaded_config.inner.resolve(depth)
     say("reading the video")
     begin = time.perf_counter()
-    clip = read_video(video, frames=frames, sampling=sampling, fps=fps, backend=backend)
+    clip = read_video(video, frames=frames * loaded_config.more_frames, sampling=sampling, fps=fps, backend=backend)
     decode = (time.perf_counter() - begin) * 1000
     say("loading the model")
     loaded = load(model, device_map=device_map, dtype=dtype, attn_implementation=attn_implementation)

@@ -147,13 +147,26 @@ def bench_model(
         built = random_model(config, device=where, dtype=kind, attn_implementation=attn_implementation, seed=seed)
     else:
         built = load(model, device_map=str(where), dtype=dtype, attn_implementation=attn_implementation).model
-    inputs = bench_inputs(config, frames=frames, text_tokens=text_tokens, grid=grid, seed=seed)
-    inputs = {key: value.to(where) for key, value in inputs.items()}
-    inputs["pixel_values_videos"] = inputs["pixel_values_videos"].to(built.dtype)
+
+    def prompt_of(count: int) -> dict[str, Tensor]:
+        made = bench_inputs(config, frames=count, text_tokens=text_tokens, grid=grid, seed=seed)
+        moved = {key: value.to(where) for key, value in made.items()}
+        return {**moved, "pixel_values_videos": moved["pixel_values_videos"].to(built.dtype)}
+
+    inputs = prompt_of(frames)
+    others = {name: prompt_of(frames * cfg.more_frames) for name, cfg in loaded.items() if cfg.more_frames > 1}
     cases = {"unpatched": None, **loaded}
     with _suppressed(built, config):
         found = measure_cases(
-            built, inputs, cases, warmup=warmup, repeats=repeats, new_tokens=new_tokens, count=count, say=say
+            built,
+            inputs,
+            cases,
+            warmup=warmup,
+            repeats=repeats,
+            new_tokens=new_tokens,
+            count=count,
+            say=say,
+            others=others,
         )
     depth = config.text_config.num_hidden_layers
     layers = {cfg.inner.resolve(depth) for cfg in loaded.values() if cfg.inner is not None}

@@ -7,6 +7,7 @@ device synchronised on both sides. Reading and preprocessing a video is the call
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -34,6 +35,7 @@ def measure_cases(
     new_tokens: int = 8,
     count: bool = False,
     say: Say | None = None,
+    others: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Measure one prompt under several configurations, taking turns.
 
@@ -46,6 +48,7 @@ def measure_cases(
         new_tokens: decoding steps timed in one more run of every case (0: none).
         count: also count the FLOPs of the prompt that really run (`holimerge.eval.flop_counter`).
         say: called before every run.
+        others: inputs of the cases that have their own, as those that read more frames.
 
     Returns:
         name -> dict, ready for JSON: `config`, `tokens` (features, entering, after_inner, separators, text),
@@ -65,6 +68,7 @@ def measure_cases(
         if number < least:
             raise ValueError(f"{name}: {number}; at least {least} is needed")
     configs = {name: None if cfg is None else load_config(cfg) for name, cfg in cases.items()}
+    given = {name: (others or {}).get(name, inputs) for name in cases}
     for config in configs.values():
         with patched(model, config):
             pass  # whatever cannot be used says so now
@@ -84,22 +88,23 @@ def measure_cases(
         for name in list(cases) if turn % 2 == 0 else reversed(list(cases)):
             step(f"{name}: warm-up" if turn < warmup else f"{name}: run {turn - warmup + 1} of {repeats}")
             with patched(model, configs[name]):
-                run = run_once(model, inputs)
+                run = run_once(model, given[name])
             if turn >= warmup:
                 runs[name].append(run)
     for name, config in configs.items():
         if new_tokens:
             step(f"{name}: decoding")
             with patched(model, config):
-                decoded[name] = run_once(model, inputs, max_new_tokens=new_tokens + 1, whole=True, memory=False)
+                decoded[name] = run_once(model, given[name], max_new_tokens=new_tokens + 1, whole=True, memory=False)
         if count:
             from .flop_counter import count_flops
 
             step(f"{name}: counting FLOPs")
             with patched(model, config):
-                counted[name] = count_flops(lambda: run_once(model, inputs, memory=False))
+                counted[name] = count_flops(functools.partial(run_once, model, given[name], memory=False))
     return {
-        name: summary(model, inputs, configs[name], runs[name], decoded.get(name), counted.get(name)) for name in cases
+        name: summary(model, given[name], configs[name], runs[name], decoded.get(name), counted.get(name))
+        for name in cases
     }
 
 

@@ -90,20 +90,30 @@ class Runner:
             self._ask(plan, waiting)
 
     def _ask(self, plan: Plan, videos: Sequence[Video]) -> None:
+        missing = set().union(*(video.missing for video in videos))
+        wanted = {name: 1 if config is None else config.more_frames for name, config in self.configs.items()}
+        asked = {name for name, _ in missing}
+        for times in dict.fromkeys(wanted[name] for name in wanted if name in asked):
+            self._ask_of(plan, videos, times, [name for name in wanted if wanted[name] == times], missing)
+
+    def _ask_of(
+        self, plan: Plan, videos: Sequence[Video], times: int, names: Sequence[str], missing: set[tuple[str, str]]
+    ) -> None:
+        """Ask under the configurations `names`, which read `times` as many frames as the run asks for."""
         clips = [
             Clip(
                 plan.task,
                 video.samples[0],
                 self.loaded,
-                frames=self.num_frames,
+                frames=self.num_frames * times,
                 sampling=plan.sampling,
                 cache=self.cache,
             )
             for video in videos
         ]
         pairs = [(sample, clip) for video, clip in zip(videos, clips, strict=True) for sample in video.samples]
-        missing = set().union(*(video.missing for video in videos))
-        for name, config in self.configs.items():
+        for name in names:
+            config = self.configs[name]
             todo = [(sample, clip) for sample, clip in pairs if (name, sample.id) in missing]
             if not todo:
                 continue

@@ -142,6 +142,8 @@ class Config(Section):
     inner: None for no merging inside the LLM.
     chunk_frames: temporal steps per call of the vision tower, for long videos; None for one call.
     treat_images_as_video: the images of a prompt (two or more, of one size) are the frames of a video.
+    more_frames: how many times as many frames as asked for are read (by `holimerge ask`, `eval` and `bench`): what the
+        reduction saves is spent on seeing more. A patched model itself takes the frames that it is given.
     """
 
     method: str
@@ -150,6 +152,7 @@ class Config(Section):
     inner: Inner | None = None
     chunk_frames: int | None = Field(None, ge=1)
     treat_images_as_video: bool = False
+    more_frames: int = Field(1, ge=1)
 
     @field_validator("method")
     @classmethod

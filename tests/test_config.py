@@ -21,6 +21,7 @@ from holimerge.cost import inner_kept
 PRESETS = (
     [f"holimerge-{p}" for p in ("05", 10, 15, 25)] + [f"holitom-{p}" for p in ("05", 10, 15, 20, 25)] + ["keep-all"]
 )
+MORE_FRAMES = ["more-frames-10", "more-frames-4"]
 H = {"method": "holitom", "budget": {"retain": 0.1}}
 NAN, INF = float("nan"), float("inf")
 
@@ -41,7 +42,7 @@ def error(cfg, kind=ConfigError) -> str:
 
 
 def test_the_presets_are_those_of_the_specification():
-    assert holimerge.list_presets() == sorted(PRESETS)
+    assert holimerge.list_presets() == sorted(PRESETS + MORE_FRAMES)
     assert holimerge.list_methods() == ["holitom", "keep_all"]
     assert holimerge.list_families() == [
         "glm46v",
@@ -67,7 +68,7 @@ def test_the_presets_are_those_of_the_specification():
 def test_preset_values(name):
     config = load_config(name)
     if name == "keep-all":
-        assert config.to_dict() == {"method": "keep_all", "treat_images_as_video": False}
+        assert config.to_dict() == {"method": "keep_all", "treat_images_as_video": False, "more_frames": 1}
         return
     percent, authors = int(name[-2:]), name.startswith("holitom")
     assert config.method == "holitom"
@@ -84,7 +85,15 @@ def test_preset_values(name):
     assert config.inner.resolve(28) == 18  # the layer of the authors' 7B table
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", MORE_FRAMES)
+def test_more_frames_enter_as_the_tokens_of_the_frames_asked_for(name):
+    config = load_config(name)
+    assert config.more_frames == int(name.rsplit("-", 1)[1])
+    assert config.budget.keep(config.more_frames * 32 * 196) == 32 * 196
+    assert config.chunk_frames == 32  # the tower sees no more frames at once than before
+
+
+@pytest.mark.parametrize("name", PRESETS + MORE_FRAMES)
 def test_preset_round_trip(name, tmp_path):
     config = load_config(name)
     assert load_config(config) is config

@@ -226,6 +226,24 @@ def test_two_questions_about_one_video_in_a_batch(family: str) -> None:
 # --- what is paid and told -------------------------------------------------------------------------------------------
 
 
+def test_more_frames_are_read_where_a_configuration_asks_for_them(
+    checkpoints: dict[str, str], data: str, tmp_path: Path
+) -> None:
+    (tmp_path / "more.yaml").write_text("base: holimerge-25\nmore_frames: 2\nbudget: {retain: 0.125}\n")
+    configs = ["unpatched", str(tmp_path / "more.yaml"), "holimerge-25"]
+    samples = [s for s in toy_samples(data) if s.id in ("v0-q0", "v2-q0", "v3-q0")]  # clips of 12, 5 and 12 frames
+    results, records = ask(
+        checkpoints["llava_onevision"], data, tmp_path / "out", configs=configs, num_frames=4, task=toy_task(samples)
+    )
+    found = {(r["config"], r["id"]): (r["frames"], r["tokens"]["entering"]) for r in records}
+    for name in ("v0-q0", "v3-q0"):
+        assert found["unpatched", name] == (4, 64)
+        assert found["more", name] == (8, 16)
+        assert found["holimerge-25", name] == (4, 16)
+    assert found["more", "v2-q0"] == (5, 10)  # no more than there are
+    assert results["tasks"]["toy"]["configs"]["more"]["ms"]["decode"]["n"] == 3
+
+
 def test_what_was_not_paid_has_no_time(checkpoints: dict[str, str], data: str, tmp_path: Path) -> None:
     results, records = ask(checkpoints["llava_onevision"], data, tmp_path)
     for config in CONFIGS:
