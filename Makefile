@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test test-oldest test-lmms train-tiny lint format bench notebooks wheel clean
+.PHONY: setup demo test test-oldest test-lmms train-tiny lint format bench bench-gpu notebooks wheel clean
 
 setup: $(STAMP)
 
@@ -65,8 +65,12 @@ format: setup
 train-tiny: setup
 	$(BIN)/python -m holimerge.eval.tiny.train --work build/tiny
 
+# every bench into results/; fails where a ratio fell by more than a tenth of what stood there
 bench: setup
-	$(BIN)/python -m holimerge.eval.bench_reduction --output results
+	$(BIN)/python -m holimerge.eval.bench_suite --output results
+
+bench-gpu: setup
+	$(BIN)/python -m holimerge.eval.bench_suite --output results --gpu
 
 # run the notebooks and save them with their outputs
 notebooks: setup

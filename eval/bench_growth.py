@@ -132,6 +132,12 @@ def bench_growth(
         "preset": preset,
         "lengths": found,
         "growth": {key: round(last[f"{key}_per_frame"] / first[f"{key}_per_frame"], 3) for key in ("ms", "memory")},
+        "ratios": {
+            f"{label} per frame, {first['frames']} over {last['frames']} frames": round(
+                first[f"{key}_per_frame"] / last[f"{key}_per_frame"], 3
+            )
+            for key, label in (("ms", "time"), ("memory", "memory"))
+        },
         "conditions": conditions(
             where, dtype=str(dtype).removeprefix("torch."), seed=seed, warmup=warmup, repeats=repeats
         ),

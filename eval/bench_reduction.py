@@ -158,6 +158,10 @@ def bench_case(
         "speedup": round(ms["theirs"]["median"] / ms["ours"]["median"], 3),
         "speedup_besides_cosine": round(besides["theirs"] / besides["ours"], 3) if besides["ours"] > 0 else None,
         "speedup_own_cosine": round(ms["theirs_own_cosine"]["median"] / ms["ours"]["median"], 3),
+        "ratios": {
+            name: round(ms[theirs]["median"] / ms["ours"]["median"], 3)
+            for name, theirs in (("the same cosine", "theirs"), ("torch's cosine on their side", "theirs_own_cosine"))
+        },
         "kept": counts,
         "agree": {"largest_difference": float(gap.max()), "share_equal": float((gap < 1e-3).float().mean())},
         "segments": [list(s) for s in record.segments],

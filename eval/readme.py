@@ -1,6 +1,6 @@
-"""The README's tables of measured figures, written from the result files and from nothing else.
+"""The documents' tables of measured figures, written from the result files and from nothing else.
 
-python -m holimerge.eval.readme      rewrites the part of README.md between its two markers
+python -m holimerge.eval.readme      rewrites the parts of README.md and BENCHMARKS.md between their two markers
 """
 
 from __future__ import annotations
@@ -43,6 +43,18 @@ def results_block(folder: Path) -> str:
     return "\n".join([*parts, END])
 
 
+def ratios_block(folder: Path) -> str:
+    """Markdown for the ratios of every result in `folder`."""
+    parts = [BEGIN, "| result | ratio | | machine |", "|---|---|---|---|"]
+    for path in sorted(folder.glob("*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        for name, value in (result.get("ratios") or {}).items():
+            about = result["conditions"]
+            where = f"{about['device']}, {about['threads']} thread{'s' if about['threads'] > 1 else ''}"
+            parts.append(f"| [{path.stem}](results/{path.name}) | {name} | {value:.2f} | {where} |")
+    return "\n".join([*parts, END])
+
+
 def _evaluation(found: dict[str, Any]) -> list[str]:
     task, about = found["tasks"]["synthetic"], found["conditions"]
     videos, questions = len(set(task["samples"]["video_id"])), len(task["samples"]["id"])
@@ -69,26 +81,28 @@ def _evaluation(found: dict[str, Any]) -> list[str]:
 
 
 def rewritten(text: str, block: str) -> str:
-    """README text with its results replaced.
+    """A document's text with its results replaced.
 
     Raises:
         ValueError: the markers are missing.
     """
     if BEGIN not in text or END not in text:
-        raise ValueError(f"README.md needs the two lines {BEGIN!r} and {END!r}")
+        raise ValueError(f"a document with results needs the two lines {BEGIN!r} and {END!r}")
     head, rest = text.split(BEGIN, 1)
     return head + block + rest.split(END, 1)[1]
 
 
 def main() -> None:
-    """Rewrite README.md of the checkout this runs from."""
+    """Rewrite the documents of the checkout this runs from."""
     from .conditions import source_tree
 
     root: Any = source_tree()
     if root is None:
-        raise SystemExit("there is no checkout to rewrite the README of")
-    readme = root / "README.md"
-    readme.write_text(rewritten(readme.read_text(encoding="utf-8"), results_block(root / "results")), encoding="utf-8")
+        raise SystemExit("there is no checkout whose documents could be rewritten")
+    for name, block in (("README.md", results_block), ("BENCHMARKS.md", ratios_block)):
+        document = root / name
+        text = rewritten(document.read_text(encoding="utf-8"), block(root / "results"))
+        document.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

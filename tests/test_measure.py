@@ -217,6 +217,7 @@ def test_gains_are_ratios_of_medians_and_show_a_slowdown() -> None:
     assert won["ideal_ratio"] == 2.0
     assert won["share_of_ideal"] == 1.0
     assert won["strict_share"] == pytest.approx(2.0 / (900 / 430), abs=1e-4)
+    assert gains(full, case(500, 100, vision=280, reduce=10, prefill=150, inner=6))["inner_share"] == 0.01
     assert (won["reduce_ms"], won["overhead_ms"], won["flops_ratio"]) == (10, 15, 4.0)
     assert gains(full, case(2000, 800, vision=300, prefill=600))["ttft_ratio"] == 0.5
 

@@ -13,7 +13,7 @@ import yaml
 
 import holimerge
 from holimerge.eval.flops import flops_report
-from holimerge.eval.readme import results_block, rewritten
+from holimerge.eval.readme import ratios_block, results_block, rewritten
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -21,6 +21,8 @@ TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def test_the_tables_are_what_the_result_files_say():
     assert rewritten(TEXT, results_block(ROOT / "results")) == TEXT
+    benchmarks = (ROOT / "BENCHMARKS.md").read_text(encoding="utf-8")
+    assert rewritten(benchmarks, ratios_block(ROOT / "results")) == benchmarks
     with pytest.raises(ValueError, match="needs the two lines"):
         rewritten("no markers", "")
 

@@ -1,0 +1,158 @@
+"""`make bench` and `make bench-gpu`: every bench, one JSON file each, and what got slower than the files said before.
+
+    python -m holimerge.eval.bench_suite --output results [--gpu] [--only decode]
+
+A result has `kind`, `conditions` and `ratios` (name -> a number, higher is better). Only ratios of two sides measured in
+one run are compared with an earlier run's, never milliseconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+TOLERANCE = 0.1
+GPU_SHAPES = ("llava-onevision-7b", "qwen2.5-vl-7b", "qwen3-vl-8b")
+Say = Callable[..., None]
+
+
+class Bench(NamedTuple):
+    """stem: of the result's file, to which the kind of device is added. run: measures."""
+
+    stem: str
+    run: Callable[[Say], dict[str, Any]]
+
+
+class Change(NamedTuple):
+    """A ratio of a result before and now."""
+
+    stem: str
+    ratio: str
+    before: float
+    now: float
+
+    @property
+    def slower(self) -> bool:
+        """By more than the tolerance."""
+        return self.now < (1 - TOLERANCE) * self.before
+
+
+def benches(gpu: bool) -> list[Bench]:
+    """All benches for a machine with or without a GPU; without one the shapes are small."""
+    from .bench import bench_model
+    from .bench_decode import bench_decode
+    from .bench_growth import bench_growth
+    from .bench_reduction import CASES, SIDE, WIDTH, bench_case
+
+    presets = ("holitom-10", "holimerge-10", "holimerge-25")
+    shapes = GPU_SHAPES if gpu else ("toy",)
+    found = [
+        Bench(f"model-{shape}", lambda say, shape=shape: bench_model(shape=shape, configs=presets, say=say))  # type: ignore[misc]
+        for shape in shapes
+    ]
+    more = ("holimerge-10", "more-frames-10" if gpu else "more-frames-4")
+    frames = 32 if gpu else 8
+    found.append(
+        Bench(
+            f"more-frames-{shapes[0]}",
+            lambda say: bench_model(shape=shapes[0], configs=more, frames=frames, new_tokens=0, say=say),
+        )
+    )
+    if not gpu:
+        found += [
+            Bench(f"reduction-{frames}x{SIDE * SIDE}x{WIDTH}", lambda say, frames=frames: bench_case(frames, say=say))  # type: ignore[misc]
+            for frames in CASES
+        ]
+    found.append(Bench(f"growth-{SIDE * SIDE}x{WIDTH}", lambda say: bench_growth(say=say)))
+    found.append(Bench(f"decode-{shapes[0]}", lambda say: bench_decode(shape=shapes[0], say=say)))
+    return found
+
+
+def changes(stem: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
+    """The ratios that two results share."""
+    old, new = before.get("ratios") or {}, now.get("ratios") or {}
+    return [Change(stem, name, old[name], new[name]) for name in old if name in new]
+
+
+def run_suite(
+    output: Path,
+    *,
+    gpu: bool,
+    only: Sequence[str] = (),
+    say: Say = lambda *_: None,
+    suite: Callable[[bool], list[Bench]] = benches,
+) -> list[Change]:
+    """Run benches, write `output`/STEM-DEVICE.json, and compare with what stood there.
+
+    Args:
+        output: folder of results, made if it is missing.
+        gpu: the shapes of a GPU.
+        only: beginnings of stems; all if empty.
+
+    Returns:
+        the ratios that were there before; those with `slower` are regressions.
+
+    Raises:
+        ValueError: `only` names no bench.
+    """
+    chosen = [bench for bench in suite(gpu) if not only or bench.stem.startswith(tuple(only))]
+    if not chosen:
+        valid = ", ".join(bench.stem for bench in suite(gpu))
+        raise ValueError(f"only: no bench begins with {' or '.join(map(repr, only))}; valid: {valid}")
+    output.mkdir(parents=True, exist_ok=True)
+    found = []
+    for bench in chosen:
+        say(bench.stem)
+        result = bench.run(say)
+        path = output / f"{bench.stem}-{result['conditions']['device_type']}.json"
+        if path.is_file():
+            found += changes(path.stem, json.loads(path.read_text(encoding="utf-8")), result)
+        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return found
+
+
+def changes_table(found: Sequence[Change]) -> Any:
+    """Ratios before and now as a rich table; what got slower is marked."""
+    from rich.table import Table
+
+    table = Table(title=f"Ratios, higher is better; slower: by more than {TOLERANCE:.0%}", title_justify="left")
+    for column in ("result", "ratio"):
+        table.add_column(column)
+    for column in ("before", "now"):
+        table.add_column(column, justify="right")
+    table.add_column("")
+    for change in found:
+        mark = "slower" if change.slower else ""
+        table.add_row(change.stem, change.ratio, f"{change.before:.3f}", f"{change.now:.3f}", mark)
+    return table
+
+
+def main() -> None:
+    """The command line of `python -m holimerge.eval.bench_suite`; exit status 1 if something got slower."""
+    from .show import Steps, stdout
+
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("results"), metavar="FOLDER")
+    parser.add_argument("--gpu", action="store_true", help="the shapes of a GPU, on it")
+    parser.add_argument("--only", nargs="+", default=[], metavar="STEM", help="benches whose name begins so")
+    given = parser.parse_args()
+    try:
+        with Steps() as say:
+            found = run_suite(given.output, gpu=given.gpu, only=given.only, say=say)
+    except ValueError as error:
+        parser.error(str(error))
+    if found:
+        stdout().print(changes_table(found))
+    slower = [change for change in found if change.slower]
+    for change in slower:
+        stdout().print(
+            f"slower: {change.stem}, {change.ratio}: {change.now:.3f}, was {change.before:.3f}", markup=False
+        )
+    raise SystemExit(1 if slower else 0)
+
+
+if __name__ == "__main__":
+    main()

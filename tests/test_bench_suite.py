@@ -1,0 +1,57 @@
+"""The gate: results are written, and what got slower than they said before is named."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from holimerge.eval import bench_suite
+from holimerge.eval.bench_suite import Bench, benches, changes_table, run_suite
+
+
+def suite_of(**ratios: float):
+    def run(say):
+        say("measuring")
+        return {"kind": "model", "ratios": ratios, "conditions": {"device_type": "cpu"}}
+
+    return lambda gpu: [Bench("first", run), Bench("second", run)]
+
+
+def test_the_first_run_writes_and_the_next_is_compared(tmp_path: Path) -> None:
+    folder = tmp_path / "new"
+    assert run_suite(folder, gpu=False, suite=suite_of(a=2.0, b=3.0)) == []
+    assert sorted(path.name for path in folder.iterdir()) == ["first-cpu.json", "second-cpu.json"]
+    found = run_suite(folder, gpu=False, only=["sec"], suite=suite_of(a=1.81, b=2.69, c=1.0))
+    assert [(c.stem, c.ratio, c.before, c.now, c.slower) for c in found] == [
+        ("second-cpu", "a", 2.0, 1.81, False),
+        ("second-cpu", "b", 3.0, 2.69, True),
+    ]
+    assert json.loads((folder / "second-cpu.json").read_text())["ratios"] == {"a": 1.81, "b": 2.69, "c": 1.0}
+    assert json.loads((folder / "first-cpu.json").read_text())["ratios"] == {"a": 2.0, "b": 3.0}
+    assert len(changes_table(found).rows) == 2
+
+
+def test_names_that_are_no_bench() -> None:
+    with pytest.raises(ValueError, match=r"no bench begins with 'third'; valid: first, second"):
+        run_suite(Path("unused"), gpu=False, only=["third"], suite=suite_of())
+
+
+def test_the_command_line_fails_where_something_got_slower(monkeypatch, tmp_path, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench_suite", "--output", str(tmp_path)])
+    for value, status in ((2.0, 0), (1.9, 0), (1.5, 1)):
+        monkeypatch.setattr(
+            bench_suite.run_suite, "__kwdefaults__", {"only": (), "say": print, "suite": suite_of(a=value)}
+        )
+        with pytest.raises(SystemExit) as ended:
+            bench_suite.main()
+        assert ended.value.code == status
+    assert "slower: first-cpu, a: 1.500, was 1.900" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_every_bench_has_a_file_of_its_own(gpu: bool) -> None:
+    stems = [bench.stem for bench in benches(gpu)]
+    assert len(set(stems)) == len(stems) > 3
