@@ -2,8 +2,8 @@
 
     python -m holimerge.eval.bench_suite --output results [--gpu] [--only decode]
 
-A result has `kind`, `conditions` and `ratios` (name -> a number, higher is better). Only ratios of two sides measured in
-one run are compared with an earlier run's, never milliseconds.
+A result has `kind`, `conditions` and `ratios` (name -> a number, higher is better). Only ratios of two sides measured
+in one run are compared with an earlier run's, never milliseconds.
 """
 
 from __future__ import annotations

@@ -140,8 +140,8 @@ def gains(full: Mapping[str, Any], reduced: Mapping[str, Any]) -> dict[str, floa
     ttft_ratio: time to first token, full / reduced. ideal_ratio: (vision + prefill) of the full case over (vision +
     project + prefill) of the reduced one, the gain if reducing and splicing were free. share_of_ideal: the one over
     the other. strict_share: the same with the projector of the kept tokens counted as overhead. reduce_ms: the
-    reduction; overhead_ms: with splicing; inner_share: the inner merge over the full case's prefill. flops_ratio: of the
-    whole prompt, full / reduced.
+    reduction; overhead_ms: with splicing; inner_share: the inner merge over the full case's prefill. flops_ratio: of
+    the whole prompt, full / reduced.
     """
     a, b = ({k: v["median"] for k, v in case["ms"]["stages"].items()} for case in (full, reduced))
     ttft = full["ms"]["ttft"]["median"] / reduced["ms"]["ttft"]["median"]
