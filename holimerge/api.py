@@ -70,7 +70,7 @@ def patch_model(model: ModelT, cfg: ConfigLike) -> ModelT:
         the same object.
 
     Raises:
-        TypeError: the model's family is not supported; the message lists those that are.
+        TypeError: the model's family is not supported (the message lists those that are), or not by this transformers.
         ConfigError: the configuration is wrong, or cannot be used with this model. Nothing is changed then.
     """
     config = load_config(cfg)
@@ -84,7 +84,13 @@ def patch_model(model: ModelT, cfg: ConfigLike) -> ModelT:
             f"cannot patch {what}; supported are the generating models of these families: {', '.join(list_families())}"
         )
     _check_version()
-    handle = Handle(inner, family_module(str(model_type)).FAMILY, config)  # refuses before anything is touched
+    family = family_module(str(model_type)).FAMILY
+    if Version(transformers.__version__).release < Version(family.since).release:
+        raise TypeError(
+            f"cannot patch {type(inner).__name__}: {model_type} needs transformers {family.since} or newer; "
+            f"this is {transformers.__version__}"
+        )
+    handle = Handle(inner, family, config)  # refuses before anything is touched
     old = _handle(model)
     if old is not None:
         old.detach()

@@ -10,6 +10,7 @@ from ._grids import GridFamily
 class DeepstackFamily(GridFamily):
     """Each deepstack merger's tokens are reduced by the record of the main ones."""
 
+    since = "5.18"  # before, deepstack features came in one tensor, not one by video
     framed = True
 
     def mergers(self, core: Any) -> list[Any]:

@@ -21,6 +21,7 @@ class Family(ABC):
     framed: whether text may stand between the frames of a video; a token then stays with its frame.
     video_input: whether the model takes videos; if not, frames are handed over as images.
     one_placeholder: whether a video's tokens have the id of an image's (a call then holds either).
+    since: the first transformers whose classes are laid out as the family expects.
     no_images: why its images cannot be the frames of a video; empty if they can.
     """
 
@@ -28,6 +29,7 @@ class Family(ABC):
     framed: bool = False
     video_input: bool = True
     one_placeholder: bool = False
+    since: str = "5.16"
     no_images: str = ""
 
     def core(self, model: Any) -> Any:

@@ -17,6 +17,8 @@ from .llava_onevision import LlavaOnevision
 
 
 class LlavaVideo(LlavaOnevision):
+    since = "5.18"  # before, LLaVA-OneVision appended its newline outside of what encodes videos
+
     def side(self, core: Any) -> int:
         return side_of(core.config)
 

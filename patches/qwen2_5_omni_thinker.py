@@ -11,6 +11,7 @@ from ._grids import GridFamily
 
 
 class Thinker(GridFamily):
+    since = "5.21"  # before, one module was the thinker's core and its head
     framed = True  # audio of the same time stands between chunks of frames
 
     def check(self, arguments: dict[str, Any], *, contiguous: bool) -> None:

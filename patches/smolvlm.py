@@ -13,6 +13,7 @@ from ._frames import FrameFamily
 
 
 class SmolVLM(FrameFamily):
+    since = "5.21"  # before, features had to be one tensor for all rows
     video_input = False
     framed = True
 

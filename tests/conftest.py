@@ -5,9 +5,14 @@ import warnings
 
 import pytest
 import torch
+from toys import FAMILIES, HERE, MISSING
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 1))
 warnings.filterwarnings("ignore", message=".*token_id.*")
+
+
+def pytest_report_header() -> list[str]:
+    return [f"transformers {HERE}; families: {', '.join(FAMILIES)}", *(f"left out: {why}" for why in MISSING.values())]
 
 
 @pytest.fixture(params=["llava_onevision", "qwen2_5_vl"])

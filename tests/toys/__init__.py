@@ -8,25 +8,36 @@ import pkgutil
 from typing import Any
 
 import torch
+from packaging.version import Version
 
 from holimerge import list_families
+from holimerge.registry import family_module
 
-from .base import AUDIO, IMAGE, MODES, PAD, TEXT, VIDEO, VISION_END, VISION_START, Toy
+from .base import AUDIO, HERE, IMAGE, MODES, PAD, TEXT, VIDEO, VISION_END, VISION_START, Toy
 
+MISSING: dict[str, str] = {  # why a family has no toy in this transformers
+    name: f"{name} needs transformers {family_module(name).FAMILY.since}, this is {HERE}"
+    for name in list_families()
+    if HERE.release < Version(family_module(name).FAMILY.since).release
+}
 TOYS: dict[str, Toy] = {
     m.name: importlib.import_module(f"{__name__}.{m.name}").TOY
     for m in pkgutil.iter_modules(__path__)
-    if m.name != "base" and m.name in list_families()
+    if m.name != "base" and m.name in list_families() and m.name not in MISSING
 }
 FAMILIES = sorted(TOYS)
 # One for each way in which families differ, for tests that take long; all of them at night.
-SOME = ["llava_onevision", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "internvl"]
+SOME = [name for name in ("llava_onevision", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "internvl") if name in TOYS]
 if os.environ.get("HOLIMERGE_ALL_FAMILIES"):
     SOME += [name for name in FAMILIES if name not in SOME]
+elif os.environ.get("HOLIMERGE_SOME_FAMILIES"):  # on a second transformers
+    FAMILIES = SOME
 __all__ = [
     "AUDIO",
     "FAMILIES",
+    "HERE",
     "IMAGE",
+    "MISSING",
     "MODES",
     "PAD",
     "SOME",

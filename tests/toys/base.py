@@ -16,8 +16,11 @@ from typing import Any, ClassVar
 import numpy as np
 import oracle
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 
+HERE = Version(transformers.__version__)
 VIDEO, IMAGE, PAD, VISION_START, VISION_END, AUDIO = 90, 91, 0, 92, 93, 94
 OUTER_START, OUTER_END = 4, 95  # a second pair: around a whole video, or around audio
 FPS = 2  # frames a second, where a prompt tells the time

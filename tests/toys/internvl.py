@@ -1,18 +1,25 @@
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from packaging.version import Version
 from torch import Tensor
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
-from .base import IMAGE, TEXT, VISION_END, VISION_START, FrameToy, eager_weights
+from .base import HERE, IMAGE, TEXT, VISION_END, VISION_START, FrameToy, eager_weights
 
 FRAME, NEW_LINE = 60, 59
 
 
 class InternVLToy(FrameToy):
+    stock_fails: ClassVar[dict[str, str]] = (
+        {"beams": "frames are repeated one by one, not row by row, without an error", "samples": "as beams"}
+        if Version("5.19") > HERE
+        else {}
+    )
+
     def model(self, attn: str, **text: Any) -> Any:
         vision = {
             "hidden_size": 24,
