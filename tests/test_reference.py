@@ -60,6 +60,9 @@ def language_by_hand(
         n = len(rows)
         mask = torch.full((n, n), -math.inf).triu(1)[None, None]
         table = lm.rotary_emb(hidden, positions[..., rows])
+        if not hasattr(layer, "self_attn"):  # linear attention is causal by itself
+            hidden = layer(hidden, attention_mask=None, position_embeddings=table)
+            continue
         got = {}
         hook = layer.self_attn.register_forward_hook(lambda _m, _a, out, got=got: got.update(w=out[1]))
         hidden = layer(hidden, attention_mask=mask, position_embeddings=table)

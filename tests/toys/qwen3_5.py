@@ -22,7 +22,6 @@ class Qwen35Toy(Qwen3VLToy):
         "linear_value_head_dim": 8,
     }
     recurrent = True
-    not_by_hand = "its linear layers have a state that no plain mask describes"
     inner_layers = (2,)  # the layer below has keys and queries
     stock_fails: ClassVar[dict[str, str]] = {
         "prompt lookup": "refused: the state of a linear layer cannot go back",
