@@ -34,8 +34,12 @@ class Source:
 
     def by_row(self) -> list[list[int]]:
         """Which videos each row holds, from the number of its placeholders (asks the device)."""
+        return self.rows_of(self.mask.sum(1).tolist())
+
+    def rows_of(self, held: list[int]) -> list[list[int]]:
+        """The same, from the numbers of placeholders themselves."""
         assert self.placements is not None
-        return videos_by_row(self.mask, [p.placeholders for p in self.placements])
+        return videos_by_row(held, [p.placeholders for p in self.placements])
 
     def columns(self) -> list[tuple[int, Tensor]]:
         """Each video's row and the columns of its placeholders (asks the device)."""
@@ -48,15 +52,26 @@ class Source:
         return found
 
 
-def videos_by_row(mask: Tensor, lengths: list[int]) -> list[list[int]]:
-    """Which of the videos of `lengths` placeholders each row of a mask [B, L] holds."""
+def videos_by_row(held: list[int], lengths: list[int]) -> list[list[int]]:
+    """Which of the videos of `lengths` placeholders each row holds, by the number of placeholders in each row.
+
+    Raises:
+        ValueError: a row ends inside a video.
+    """
     rows, video = [], 0
-    for wanted in mask.sum(1).tolist():
+    for number, count in enumerate(held):
         row: list[int] = []
+        wanted = count
         while wanted > 0 and video < len(lengths):
             wanted -= lengths[video]
             row.append(video)
             video += 1
+        if wanted:
+            here, *everywhere = (", ".join(map(str, x)) for x in ([lengths[v] for v in row], held, lengths))
+            raise ValueError(
+                f"row {number} of the prompt has {count} video placeholders, its videos make {here or 'no'} tokens "
+                f"(placeholders of all rows: {everywhere[0]}; tokens of all videos: {everywhere[1]})"
+            )
         rows.append(row)
     return rows
 

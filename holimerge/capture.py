@@ -23,8 +23,16 @@ class StopForward(Exception):  # noqa: N818  (it is control flow, no error)
 
 
 def first_argument(arguments: dict[str, Any], *names: str) -> str:
-    """The first of `names` among the arguments (transformers renamed some)."""
-    return next(name for name in names if arguments.get(name) is not None)
+    """The first of `names` among the arguments (transformers renamed some).
+
+    Raises:
+        ValueError: none of them is there.
+    """
+    found = next((name for name in names if arguments.get(name) is not None), None)
+    if found is None:
+        given = ", ".join(sorted(name for name, value in arguments.items() if value is not None))
+        raise ValueError(f"{' or '.join(names)} is missing; the model was given {given}")
+    return found
 
 
 @contextmanager

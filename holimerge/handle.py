@@ -33,7 +33,7 @@ from .cache import cache_state
 from .call import CALL, PROMPT, Call, Prompt, by_name
 from .config import Config, ConfigError
 from .inner_stage import InnerStage
-from .outer_stage import OuterStage, ReducedVideo
+from .outer_stage import PIXELS, OuterStage, ReducedVideo
 from .registry import method_module
 from .report import Report, Selection
 from .splice import continue_over, pack, remember_continuation, unpack
@@ -291,7 +291,7 @@ class Handle:
         call.attention_mask = given.get("attention_mask")
         prompt = PROMPT.get()
         for kind in self.outer.functions():
-            name = "pixel_values_videos" if kind == "video" else "pixel_values"
+            name = PIXELS[kind]
             pixels, outputs = given.get(name), given.get("mm_encoder_outputs")
             encoded = outputs.get(kind) if isinstance(outputs, Mapping) else outputs
             if encoded is None and pixels is None:
@@ -351,7 +351,8 @@ class Handle:
         call.has_video = call.has_video and any(s.placements != [] for s in call.sources.values())
         if not call.has_video:
             prompt = PROMPT.get()
-            aside = prompt is not None and prompt.handle is self and prompt.report is not None  # as guidance runs
+            # guidance runs a prompt without a video beside one with a video
+            aside = prompt is not None and prompt.handle is self and bool(prompt.placements)
             if not aside and (cache is None or ((embeds.shape[1] > 1 or not cache.is_compileable) and call.seen == 0)):
                 self._reported(Report())
             state = cache_state(cache)

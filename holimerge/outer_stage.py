@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .handle import Handle
 
 
+PIXELS = {"video": "pixel_values_videos", "image": "pixel_values"}  # by kind of placeholder
 _INSIDE: ContextVar[bool] = ContextVar("holimerge_inside_encoding", default=False)
 
 
@@ -85,6 +86,8 @@ class OuterStage:
         handle = self.handle
         family, core = handle.family, handle.core
         grids: list[Grid] = family.grids(core, arguments)
+        if handle.method.reduce is not None:
+            _refuse_empty(PIXELS[kind], grids)
         frames = None
         videos = [[i] for i in range(len(grids))]  # which grids are the frames of each video
         if kind == "image":
@@ -275,7 +278,7 @@ class OuterStage:
         layer = None if handle.inner is None else handle.inner.layer
         retain = None if handle.config.inner is None else handle.config.inner.retain
         keep = [0] * len(totals)
-        for row, length in zip(videos_by_row(mask, lengths), valid.sum(1).tolist(), strict=True):
+        for row, length in zip(videos_by_row(mask.sum(1).tolist(), lengths), valid.sum(1).tolist(), strict=True):
             if not row:
                 continue
             total = sum(totals[v] for v in row)
@@ -313,6 +316,18 @@ def _placed(features: Tensor, placement: Placement, separator: Tensor | None) ->
 def _marked(kept: Tensor, record: MergeRecord) -> Tensor:
     """[T N, D]: kept tokens in the places they take, NaN elsewhere."""
     return kept.new_full((record.total, kept.shape[-1]), torch.nan).index_copy(0, record.slots, kept)
+
+
+def _refuse_empty(name: str, grids: list[Grid]) -> None:
+    """Stock towers fail on a video without a frame, each in its own obscure way."""
+    if not grids:
+        raise ValueError(f"{name} is empty: it holds no video and no image")
+    for number, grid in enumerate(grids):
+        if grid.total == 0:
+            raise ValueError(
+                f"{name}: video {number} of {len(grids)} has no tokens (frames x rows x columns: "
+                f"{grid.frames} x {grid.rows} x {grid.columns}); every video needs at least one frame"
+            )
 
 
 def _inside_a_forward() -> bool:

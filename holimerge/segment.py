@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+ROUNDING = 2.0**-16  # a cosine closer to 1 than this is 1: float32 sums over a few thousand numbers stray less
+
 
 def pair_cosines(x: Tensor) -> tuple[Tensor, Tensor]:
     """Cosine of every token with the token at the same position in the next frame.
@@ -17,7 +19,7 @@ def pair_cosines(x: Tensor) -> tuple[Tensor, Tensor]:
         x: [T, N, D].
 
     Returns:
-        cosines [T-1, N] and norms [T, N], both float32 (float64 for float64); a zero vector has cosine 0.
+        cosines [T-1, N] in [-1, 1] and norms [T, N], both float32 (float64 for float64); a zero vector has cosine 0.
     """
     frames, per_frame, width = x.shape
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -38,7 +40,21 @@ def pair_cosines(x: Tensor) -> tuple[Tensor, Tensor]:
         if pairs:
             torch.mul(here[:pairs], there, out=product[:pairs])
             torch.sum(product[:pairs], dim=-1, out=dots[start : start + pairs])
-    return dots / (norm[:-1] * norm[1:]).clamp_min(1e-12), norm
+    return (dots / (norm[:-1] * norm[1:]).clamp_min(1e-12)).clamp(-1, 1), norm
+
+
+def unchanged(cosine: Tensor, similarity: float) -> Tensor:
+    """Which tokens count as unchanged between two frames: those whose cosine exceeds `similarity`.
+
+    A cosine of 1 always counts (within rounding, see ROUNDING), so that with `similarity` 1 equal tokens do.
+
+    Args:
+        cosine: [T-1, N] from `pair_cosines`.
+
+    Returns:
+        [T-1, N] bool.
+    """
+    return cosine > min(similarity, 1 - ROUNDING)
 
 
 def run_lengths(static: Tensor) -> Tensor:

@@ -223,9 +223,14 @@ def pack(call: Call, kwargs: dict[str, Any], cache: Cache | None) -> Packing | N
     dropped = valid & marked
 
     video = placeholder & keep & (sizes > 0)
-    # the one read of the device: how long the rows become, and how many video tokens they hold
+    # the one read of the device: how long the rows become, and how many video tokens and placeholders they hold
     tail = (keep & ~(dropped | video).flip(1).cummax(1).values.flip(1)).sum(1)  # what comes after all videos
-    lengths, gone, counts, after = torch.stack([keep.sum(1), dropped.sum(1), video.sum(1), tail]).tolist()
+    held_by = [source.mask.to(device).sum(1) for source in call.sources.values()]
+    numbers = torch.stack([keep.sum(1), dropped.sum(1), video.sum(1), tail, *held_by]).tolist()
+    lengths, gone, counts, after = numbers[:4]
+    if call.placements is not None:
+        for source, placeholders in zip(call.sources.values(), numbers[4:], strict=True):
+            source.rows_of(placeholders)  # refuses a row that ends inside a video
 
     moved = any(gone) or handle.force_packing
     if not moved and handle.inner is None and state is None:
@@ -389,11 +394,11 @@ def unpack(call: Call, output: Any) -> None:
             source = index.argsort(dim=1)
         else:
             # A column that is gone shows the last kept token before it, which is what predicts the next one: a prompt
-            # may end in video tokens, an answer may follow them.
+            # may end in video tokens, an answer may follow them. Before the first kept one it shows that one.
             kept = torch.zeros(real.shape[0], length, dtype=torch.long, device=hidden.device)
             kept.scatter_(1, index, real.long())
             first = real.shape[1] - real.sum(1, keepdim=True)
-            source = (first + kept.cumsum(1) - 1).clamp_min(0)
+            source = (first + (kept.cumsum(1) - 1).clamp_min(0)).clamp_max(real.shape[1] - 1)
         output.last_hidden_state = hidden.gather(1, source[..., None].expand(-1, -1, depth))
     nothing = packing.lossless and state.inner_layer is None and cache_state(packing.cache) is None
     if packing.cache is not None and not nothing:

@@ -26,7 +26,7 @@ class SmolVLM(FrameFamily):
     def _real(self, arguments: dict[str, Any]) -> Tensor:
         """[B, n] bool: images that are not padding, by the stock rule."""
         real = (arguments["pixel_values"] != 0).flatten(2).any(-1)
-        real[0, 0] |= ~real.any()
+        real[:1, :1] |= ~real.any()
         return real
 
     def grids(self, core: Any, arguments: dict[str, Any]) -> list[Grid]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -28,3 +29,11 @@ def attn(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """How many drawn cases ran, summed over workers."""
+    reports = [report for stat in terminalreporter.stats.values() for report in stat if hasattr(report, "when")]
+    ran = [n for report in reports if report.when == "call" for name, n in report.user_properties if name == "cases"]
+    if ran:
+        terminalreporter.write_line(f"{sum(ran)} hostile cases ran")

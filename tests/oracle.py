@@ -93,12 +93,16 @@ def received_attention(q: Floats, k: Floats, scale: float) -> Floats:
 
 
 def static_flags(x: Floats, tau: float) -> Bools:
-    """Static flags [T-1, N] of `x` [T, N, D]: is token (t, n) more than `tau` like token (t+1, n)?"""
+    """Static flags [T-1, N] of `x` [T, N, D]: is token (t, n) more than `tau` like token (t+1, n)?
+
+    Tokens that differ by no more than rounding are alike whatever `tau` is: a cosine above 1 - 2**-16.
+    """
     T, N, _ = x.shape
     flags = np.zeros((T - 1, N), dtype=bool)
     for t in range(T - 1):
         for n in range(N):
-            flags[t, n] = cosine(x[t, n], x[t + 1, n]) > tau
+            alike = cosine(x[t, n], x[t + 1, n])
+            flags[t, n] = alike > tau or alike > 1 - 2**-16
     return flags
 
 

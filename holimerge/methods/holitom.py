@@ -16,7 +16,7 @@ from torch import Tensor
 from ..allocation import authors_counts, largest_remainder
 from ..cluster import centre_weights, density_peaks
 from ..config import OuterOptions
-from ..segment import optimal_segments, pair_cosines, run_lengths, window_counts
+from ..segment import optimal_segments, pair_cosines, run_lengths, unchanged, window_counts
 from ..tokens import MergeRecord, Target, VideoTokens, sum_of_rows, upload
 from .base import Method
 
@@ -26,7 +26,7 @@ _CLUSTER_CHUNK = 64  # segments clustered at once, at most
 class HolitomOptions(OuterOptions):
     """HoliTom's options.
 
-    similarity: tau, a token is static between two frames if its cosine exceeds it.
+    similarity: tau, a token is static between two frames if its cosine exceeds it; 1 for equal tokens alone.
     beta: weight of a cluster's centre against the mean of the others; null for the plain mean of all.
     neighbours: k of the k-nearest-neighbour density.
     max_segment: longest segment in frames; null for no limit.
@@ -202,7 +202,7 @@ def reduce(tokens: VideoTokens, target: Target, options: HolitomOptions) -> Merg
     x = tokens.features
     scores = cast(Tensor, tokens.scores).to(torch.promote_types(x.dtype, torch.float32))
     cosine, norm = pair_cosines(x)
-    runs = run_lengths(cosine > options.similarity)
+    runs = run_lengths(unchanged(cosine, options.similarity))
     finite = (torch.isfinite(norm).all() & torch.isfinite(scores).all()).long()
     # the one read of the device: window counts decide the segments, and every count after them
     host = torch.cat([window_counts(runs).flatten(), finite[None]]).cpu().numpy()

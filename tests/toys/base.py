@@ -267,7 +267,7 @@ class PatchToy(Toy):
         """[t h w, 3 * temporal * 16] as the processor lays them out: merge window by merge window."""
         t, h, w = self.grid(video)
         x = video.contiguous().view(t, self.temporal, 3, h // merge, merge, 4, w // merge, merge, 4)
-        return x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(t * h * w, -1)
+        return x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(t * h * w, 48 * self.temporal)
 
     def video_ids(self, video: Tensor) -> list[int]:
         t, h, w = self.grid(video)

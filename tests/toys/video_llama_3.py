@@ -36,7 +36,7 @@ class VideoLlama3Toy(PatchToy):
     def kept(self, video: Tensor) -> Tensor:
         """[T, N] bool: tokens of a frame whose pixels differ from those of the frame before, at least one a frame."""
         t, h, w = self.grid(video)
-        pixels = self.patches(video).view(t, h * w // 4, -1)
+        pixels = self.patches(video).unflatten(0, (t, h * w // 4, 4)).flatten(2)
         differs = (pixels.diff(dim=0).abs().mean(-1) * 255 > 0.1).long()
         kept = torch.cat([torch.ones_like(differs[:1]), differs])
         kept[kept.sum(1) == 0, 0] = 1
