@@ -14,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test test-oldest test-lmms train-tiny lint format bench bench-gpu notebooks wheel clean
+.PHONY: setup demo test nightly test-oldest test-lmms train-tiny lint format bench bench-gpu notebooks wheel clean
 
 setup: $(STAMP)
 
@@ -32,6 +32,10 @@ demo: setup
 test: setup lint $(LMMS)/.installed $(OLDEST)/.installed
 	$(BIN)/pytest $(SPREAD) tests
 	$(MAKE) test-oldest
+
+# hostile inputs: many cases, drawn anew each time, on every family; a failing case is printed
+nightly: setup
+	HOLIMERGE_CASES=10000 HOLIMERGE_ALL_FAMILIES=1 $(BIN)/pytest $(SPREAD) tests/test_hostile.py
 
 # the model tests on the oldest supported transformers, in an environment of its own on top of the main one's packages;
 # a few families only, unless HOLIMERGE_ALL_FAMILIES is set

@@ -72,6 +72,11 @@ def patch_model(model: ModelT, cfg: ConfigLike) -> ModelT:
     Raises:
         TypeError: the model's family is not supported (the message lists those that are), or not by this transformers.
         ConfigError: the configuration is wrong, or cannot be used with this model. Nothing is changed then.
+
+    A call of the patched model raises a ValueError, and the next call is as if it had not been, for a video without a
+    frame, for sizes of videos that are missing, for placeholders in another row than their video, and for a video of
+    whose features some are NaN or infinite (nothing can be chosen among them). A method that chooses nothing
+    (`keep_all`) gives what the stock model makes of such a video.
     """
     config = load_config(cfg)
     inner = _inner_model(model)

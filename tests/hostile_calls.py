@@ -97,12 +97,16 @@ def same(a: Outcome, b: Outcome) -> bool:
 
 
 def close(a: Tensor, b: Tensor, case: Case) -> None:
-    """Equal but for rounding; in half precision this finds what is grossly wrong only."""
-    if not b.numel():
-        return
-    roundings = 16 * torch.finfo(getattr(torch, case.dtype)).eps * float(b.abs().max())
-    atol = 5e-4 if case.dtype == "float32" else roundings
-    torch.testing.assert_close(a.float(), b.float(), atol=atol, rtol=0)
+    """Equal but for rounding.
+
+    In half precision single logits stray far where a norm divides by little, in the stock model too, so there the
+    distance of all of them is looked at; what is wrong is farther apart.
+    """
+    if case.dtype == "float32":
+        torch.testing.assert_close(a, b, atol=5e-4, rtol=0)
+    elif b.numel():
+        distance = torch.linalg.vector_norm(a.float() - b.float()) / torch.linalg.vector_norm(b.float())
+        assert distance < 16 * torch.finfo(a.dtype).eps, f"{distance:.3f} apart"
 
 
 # -------------------------------------------------------------------------------------------------- a clear error
