@@ -38,9 +38,8 @@ class SmolVLM(FrameFamily):
             return [arguments]
         real = self._real(arguments).flatten()
         calls: list[dict[str, Any]] = []
-        images = {
-            k: arguments[k].flatten(0, 1)[real] for k in ("pixel_values", "pixel_attention_mask") if k in arguments
-        }
+        given = {k: arguments.get(k) for k in ("pixel_values", "pixel_attention_mask")}
+        images = {k: x.flatten(0, 1)[real] for k, x in given.items() if x is not None}
         for start in range(0, int(real.sum()), chunk):
             calls.append({**arguments, **{k: x[None, start : start + chunk] for k, x in images.items()}})
         return calls

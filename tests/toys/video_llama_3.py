@@ -38,7 +38,7 @@ class VideoLlama3Toy(PatchToy):
         t, h, w = self.grid(video)
         pixels = self.patches(video).unflatten(0, (t, h * w // 4, 4)).flatten(2)
         differs = (pixels.diff(dim=0).abs().mean(-1) * 255 > 0.1).long()
-        kept = torch.cat([torch.ones_like(differs[:1]), differs])
+        kept = torch.cat([differs.new_ones(min(t, 1), h * w // 4), differs])
         kept[kept.sum(1) == 0, 0] = 1
         return kept.bool()
 
