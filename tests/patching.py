@@ -104,13 +104,10 @@ def answer_of(out: Any, x: dict[str, torch.Tensor]) -> torch.Tensor:
 def recomputed(
     model: Any, family: str, x: dict[str, torch.Tensor], answer: torch.Tensor, selection: Any
 ) -> list[torch.Tensor]:
-    """Logits of every step from scratch without a cache, with the prefill's choices."""
-    steps = []
-    for t in range(answer.shape[1]):
-        y = TOYS[family].extended(x, answer[:, :t])
-        with handle_of(model).replaying(selection):
-            steps.append(logits(model, y, use_cache=False)[:, -1])
-    return steps
+    """Logits of every step without a cache, with the prefill's choices: one forward over prompt and answer."""
+    y = TOYS[family].extended(x, answer[:, :-1])
+    with handle_of(model).replaying(selection):
+        return list(logits(model, y, use_cache=False)[:, -answer.shape[1] :].unbind(1))
 
 
 def assert_steps_close(ours: Any, theirs: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from itertools import product
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from patching import (
     preset,
     recomputed,
 )
-from toys import FAMILIES, TOYS, build, make_model, make_video, prompt
+from toys import FAMILIES, TOYS, build, cases, make_model, make_video, prompt
 from transformers import StaticCache
 
 import holimerge
@@ -41,9 +42,11 @@ def check_batch(model: Any, family: str, rows: list[list[Any]]) -> None:
     check_rows(model, family, rows, *check_cached(model, family, build(family, rows)))
 
 
-@pytest.mark.parametrize("inner", INNER)
-@pytest.mark.parametrize("positions", ["contiguous", "original"])
-@pytest.mark.parametrize("long", ["text", "image"])
+BESIDE = [(False, "contiguous", "text"), (True, "original", "text"), (True, "contiguous", "image")]
+BESIDE += [(False, "original", "image"), (True, "contiguous", "text")]
+
+
+@pytest.mark.parametrize(("family", "inner", "positions", "long"), cases(BESIDE, [BESIDE[3], BESIDE[4]]))
 def test_a_short_video_beside_a_row_that_loses_nothing_and_is_longer(family, inner, positions, long):
     needs(family, inner=inner, positions=positions, mode="image and video" if long == "image" else None)
     model = make_model(family)
@@ -74,11 +77,16 @@ def test_image_and_video_in_one_prompt(family, name):
     check_batch(model, family, [[5, image, 6, make_video(family), 7], [8, make_video(family, seed=1), image, 9, 10]])
 
 
-@pytest.mark.parametrize("inner", INNER)
-@pytest.mark.parametrize("positions", ["contiguous", "original"])
-@pytest.mark.parametrize("order", ["raster", "segment"])
-@pytest.mark.parametrize("rest", [[], [7, 8]])
-def test_a_prompt_that_begins_or_ends_with_its_video(family, inner, positions, order, rest):
+# without an inner merge, with one; each rule of positions, order and end with each
+EDGES = [(False, "contiguous", "raster", 0), (False, "original", "segment", 0)]
+EDGES += [(False, "contiguous", "segment", 2), (False, "original", "raster", 2)]
+EDGES += [(True, "contiguous", "segment", 0), (True, "original", "raster", 0)]
+EDGES += [(True, "contiguous", "raster", 2), (True, "original", "segment", 2)]
+
+
+@pytest.mark.parametrize(("family", "inner", "positions", "order", "after"), cases(EDGES, EDGES[:1] + EDGES[5::2]))
+def test_a_prompt_that_begins_or_ends_with_its_video(family, inner, positions, order, after):
+    rest = [7, 8][:after]
     needs(family, inner=inner, positions=positions, order=order, mode=None if rest else "video at the end")
     toy = TOYS[family]
     model = make_model(family)
@@ -113,7 +121,7 @@ def test_the_answer_right_after_a_video_is_predicted_by_its_last_kept_token(fami
     assert float(loss) == pytest.approx(-float(full[end].log_softmax(-1)[x["input_ids"][0, end + 1]]), abs=1e-5)
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 7, 16])
+@pytest.mark.parametrize(("family", "chunk"), cases([(1,), (2,), (7,), (16,)], [(7,)]))
 def test_chunks_of_any_size_prefill_alike(family, chunk):
     model = make_model(family)
     needs_chunked_prefill(family, model)
@@ -182,10 +190,13 @@ def conversation(
     return result, fresh, selections
 
 
-@pytest.mark.parametrize("inner", INNER)
-@pytest.mark.parametrize("name", ["holimerge-25", "holitom-25", "holimerge-10"])
-@pytest.mark.parametrize("static", [False, True])
-@pytest.mark.parametrize("first", ["video", "text"])
+PRESETS = [("holimerge-25", False), ("holitom-25", True), ("holimerge-10", False), ("holimerge-10", True)]
+TURNS = [(inner, *how, "text") for inner, how in product(INNER, PRESETS)]
+TURNS += [(False, *how, "video") for how in PRESETS] + [(True, *PRESETS[1], "video")]
+TURNS_FEW = [(False, *PRESETS[0], "video"), (True, *PRESETS[1], "text"), (True, *PRESETS[2], "text")]
+
+
+@pytest.mark.parametrize(("family", "inner", "name", "static", "first"), cases(TURNS, TURNS_FEW))
 def test_a_second_turn_with_a_video(family, inner, name, static, first):
     needs(family, inner=inner, mode="static cache" if static else None)
     toy = TOYS[family]

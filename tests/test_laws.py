@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import product
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from patching import (
     recomputed,
     suited,
 )
-from toys import FAMILIES, TOYS, build, make_model, make_video, prompt
+from toys import FAMILIES, TOYS, build, cases, make_model, make_video, prompt
 
 import holimerge
 
@@ -34,10 +35,24 @@ def family(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+# each value with each of the others once; all three at a time would tell no more
+NUMERICS = [("sdpa", torch.float32), ("sdpa", torch.bfloat16), ("eager", torch.float32), ("eager", torch.bfloat16)]
+WITH_NUMERICS = ("family", "attn", "dtype")
+INNER = [False, True]
+
+
+def and_alternating(values: list[Any]) -> list[tuple[Any, ...]]:
+    """NUMERICS with two values, so that each goes with each implementation and each precision."""
+    return [(*numerics, values[i in (1, 2)]) for i, numerics in enumerate(NUMERICS)]
+
+
 # ---------------------------------------------------------------------------------------------- (a) keep-all
 
 
-@pytest.mark.parametrize("forced", [False, True], ids=["", "forced"])
+EVERY = and_alternating([False, True])
+
+
+@pytest.mark.parametrize((*WITH_NUMERICS, "forced"), cases(EVERY, [EVERY[2], EVERY[3]]))
 def test_keep_all_is_bit_identical(family, attn, dtype, forced):
     model = make_model(family, attn=attn, dtype=dtype)
     batches = [prompt(family, dtype=dtype)]
@@ -52,7 +67,10 @@ def test_keep_all_is_bit_identical(family, attn, dtype, forced):
         assert all(torch.equal(a, b) for a, b in zip(ours.logits, generated.logits, strict=True))
 
 
-@pytest.mark.parametrize("at", ["projector_input", "projector_output"])
+EVERY = and_alternating(["projector_input", "projector_output"])
+
+
+@pytest.mark.parametrize((*WITH_NUMERICS, "at"), cases(EVERY, [EVERY[0], EVERY[2]]))
 def test_a_budget_of_everything_runs_the_stock_projector_on_the_stock_tensor(family, attn, dtype, at):
     model = make_model(family, attn=attn, dtype=dtype)
     x = prompt(family, dtype=dtype)
@@ -99,6 +117,7 @@ def test_what_has_no_video_is_untouched_by_any_preset(family, row):
 # ------------------------------------------------------------------------------------------- (b) undone exactly
 
 
+@pytest.mark.parametrize(WITH_NUMERICS, cases(NUMERICS, [NUMERICS[0], NUMERICS[3]]))
 def test_unpatching_restores_every_bit(family, attn, dtype):
     model = make_model(family, attn=attn, dtype=dtype)
     x = prompt(family, dtype=dtype)
@@ -147,11 +166,14 @@ def test_an_exception_in_the_middle_leaves_nothing_behind(family, where):
 # ------------------------------------------------------- (c) the cache equals recomputation from scratch
 
 
-CACHED = ["holimerge-10", "holimerge-25", "holitom-10", "holitom-25"]
+CACHED = [
+    *product(["sdpa"], ["holimerge-10", "holimerge-25", "holitom-10", "holitom-25"], INNER),
+    *product(["eager"], ["holimerge-25", "holitom-10"], INNER),
+]
+CACHED_FEW = [("sdpa", "holimerge-25", False), ("sdpa", "holimerge-10", True), ("eager", "holitom-10", True)]
 
 
-@pytest.mark.parametrize("inner", [False, True], ids=["outer", "inner"])
-@pytest.mark.parametrize("name", CACHED)
+@pytest.mark.parametrize(("family", "attn", "name", "inner"), cases(CACHED, CACHED_FEW))
 def test_cached_generation_equals_recomputation(family, attn, name, inner):
     needs(family, inner=inner)
     model = make_model(family, attn=attn)
@@ -165,8 +187,10 @@ def test_cached_generation_equals_recomputation(family, attn, name, inner):
         )
 
 
-@pytest.mark.parametrize("positions", ["contiguous", "original"])
-@pytest.mark.parametrize("order", ["raster", "segment"])
+RULES = list(product(["contiguous", "original"], ["raster", "segment"]))
+
+
+@pytest.mark.parametrize(("family", "positions", "order"), cases(RULES, [RULES[0], RULES[3]]))
 def test_both_position_rules_decode_as_they_prefill(family, positions, order):
     needs(family, positions=positions, order=order)
     model = make_model(family)
@@ -175,8 +199,11 @@ def test_both_position_rules_decode_as_they_prefill(family, positions, order):
         check_cached(model, family, build(family, rows), 5)
 
 
-@pytest.mark.parametrize("merge", ["mean", "pairwise", "drop"])
-@pytest.mark.parametrize("layer", [1, 2, 3, 0.5])
+MERGES = list(product(["mean", "pairwise", "drop"], [1, 2, 3, 0.5]))
+MERGES_FEW = [("pairwise", 1), ("drop", 2), ("mean", 3), ("mean", 0.5)]
+
+
+@pytest.mark.parametrize(("family", "merge", "layer"), cases(MERGES, MERGES_FEW))
 def test_every_layer_and_merge_decodes_right(family, merge, layer):
     k = 2 if layer == 0.5 else layer
     needs(family, layer=k)
@@ -244,7 +271,7 @@ def stock_difference(model: Any, lm: Any, x: dict[str, torch.Tensor], answer: to
     return worst
 
 
-@pytest.mark.parametrize("inner", [False, True], ids=["outer", "inner"])
+@pytest.mark.parametrize(("family", "inner"), cases([(False,), (True,)], []))
 def test_in_bf16_the_cache_is_as_exact_as_the_stock_model_s(family, inner):
     needs(family, inner=inner)
     # Wide enough that kernels for one token and for many round differently; in eager attention they often do not, so
@@ -257,7 +284,9 @@ def test_in_bf16_the_cache_is_as_exact_as_the_stock_model_s(family, inner):
         x = prompt(family, dtype=torch.bfloat16, seed=seed)
         out = generate(model, x, 8)
         answer = answer_of(out, x)
-        steps = recomputed(model, family, x, answer, handle_of(model).selection)
+        chosen = handle_of(model).selection
+        # a forward for each step, as in `stock_difference`: longer ones round differently
+        steps = [recomputed(model, family, x, answer[:, : t + 1], chosen)[-1] for t in range(answer.shape[1])]
         gaps = [(a.float() - b.float()).abs().max().item() for a, b in zip(out.logits, steps, strict=True)]
         ours, largest = max(ours, *gaps), max(largest, *(a.float().abs().max().item() for a in out.logits))
         stock = max(stock, stock_difference(model, TOYS[family].language_model(model), x, answer))
@@ -268,10 +297,13 @@ def test_in_bf16_the_cache_is_as_exact_as_the_stock_model_s(family, inner):
 # ------------------------------------------------------------------------------ (d) a row depends on nothing else
 
 
-@pytest.mark.parametrize("name", ["holimerge-25", "holitom-25"])
-@pytest.mark.parametrize("inner", [False, True], ids=["outer", "inner"])
-def test_a_row_does_not_depend_on_the_rest_of_its_batch(family, attn, name, inner):
+BATCHED = list(product([("sdpa", "holimerge-25"), ("eager", "holitom-25")], INNER))
+
+
+@pytest.mark.parametrize(("family", "how", "inner"), cases(BATCHED, [BATCHED[1], BATCHED[2]]))
+def test_a_row_does_not_depend_on_the_rest_of_its_batch(family, how, inner):
     needs(family, inner=inner)
+    attn, name = how
     model = make_model(family, attn=attn)
     patch(model, preset(name, inner))
     for rows in batch_rows(family):
@@ -358,7 +390,7 @@ def test_beams_score_what_a_recomputation_scores(family):
 
 def test_prompt_lookup_gives_the_greedy_answer(family):
     needs(family, mode="prompt lookup")
-    for seed in range(5):
+    for seed in range(3):
         model = make_model(family, seed=seed)
         patch(model, preset("holimerge-25"))
         # the prompt repeats itself, so the first forward holds guesses too, and few models take them
@@ -382,7 +414,10 @@ def test_samples_are_the_same_for_the_same_seed(family):
     assert runs[0].shape[0] == 3
 
 
-@pytest.mark.parametrize("inner", [False, True], ids=["outer", "inner"])
+STATIC = list(product(["sdpa", "eager"], INNER))
+
+
+@pytest.mark.parametrize(("family", "attn", "inner"), cases(STATIC, [("sdpa", True)]))
 def test_a_static_cache_gives_the_same_tokens(family, attn, inner):
     needs(family, inner=inner, mode="static cache")
     model = make_model(family, attn=attn)

@@ -17,7 +17,7 @@ from toys import SOME, TOYS, make_model, prompt
 
 import holimerge
 
-ROUNDS = 12
+ROUNDS = 6
 
 
 @pytest.fixture(params=SOME)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import pkgutil
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -47,7 +48,15 @@ __all__ = [
     "VISION_END",
     "VISION_START",
     "Toy",
+    "cases",
 ]
+
+
+def cases(every: Iterable[tuple[Any, ...]], few: Iterable[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """(family, *case) for `parametrize`: every case on SOME families, a few on the others."""
+    every, few = list(every), list(few)
+    assert set(few) <= set(every)
+    return [(family, *case) for family in FAMILIES for case in (every if family in SOME else few)]
 
 
 def make_model(
