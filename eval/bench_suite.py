@@ -45,6 +45,7 @@ def benches(gpu: bool) -> list[Bench]:
     from .bench import bench_model
     from .bench_decode import bench_decode
     from .bench_growth import bench_growth
+    from .bench_more_frames import bench_more_frames
     from .bench_reduction import CASES, SIDE, WIDTH, bench_case
 
     presets = ("holitom-10", "holimerge-10", "holimerge-25")
@@ -66,6 +67,7 @@ def benches(gpu: bool) -> list[Bench]:
             Bench(f"reduction-{frames}x{SIDE * SIDE}x{WIDTH}", lambda say, frames=frames: bench_case(frames, say=say))  # type: ignore[misc]
             for frames in CASES
         ]
+        found.append(Bench("more-frames-synthetic", lambda say: bench_more_frames(say=say)))
     found.append(Bench(f"growth-{SIDE * SIDE}x{WIDTH}", lambda say: bench_growth(say=say)))
     found.append(Bench(f"decode-{shapes[0]}", lambda say: bench_decode(shape=shapes[0], say=say)))
     return found

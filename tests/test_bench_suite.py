@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from holimerge.eval import bench_suite
+from holimerge.eval.bench_more_frames import bench_more_frames
 from holimerge.eval.bench_suite import Bench, benches, changes_table, run_suite
 
 
@@ -55,3 +56,14 @@ def test_the_command_line_fails_where_something_got_slower(monkeypatch, tmp_path
 def test_every_bench_has_a_file_of_its_own(gpu: bool) -> None:
     stems = [bench.stem for bench in benches(gpu)]
     assert len(set(stems)) == len(stems) > 3
+
+
+def test_more_frames_enter_in_no_more_tokens() -> None:
+    result = bench_more_frames(questions=12)
+    few, many = result["cases"].values()
+    assert result["questions"] == few["accuracy"]["n"] == many["accuracy"]["n"] == 12
+    assert many["frames"] == 4 * few["frames"] == 32
+    assert many["tokens"]["features"]["median"] > 3 * few["tokens"]["features"]["median"]
+    assert many["tokens"]["entering"]["max"] <= few["tokens"]["entering"]["max"]
+    percent = many["accuracy"]["percent"] / few["accuracy"]["percent"]
+    assert result["ratios"]["accuracy"] == pytest.approx(percent, abs=1e-3)
