@@ -10,8 +10,8 @@ from typing import Any
 
 from holimerge.config import load_config
 
-from .demo import CHECKPOINT
 from .evaluate import evaluate
+from .tiny import CHECKPOINT
 
 PRESET, FRAMES, QUESTIONS = "more-frames-4", 8, 1000
 
