@@ -106,7 +106,7 @@ def close(a: Tensor, b: Tensor, case: Case) -> None:
         torch.testing.assert_close(a, b, atol=5e-4, rtol=0)
     elif b.numel():
         distance = torch.linalg.vector_norm(a.float() - b.float()) / torch.linalg.vector_norm(b.float())
-        assert distance < 16 * torch.finfo(a.dtype).eps, f"{distance:.3f} apart"
+        assert distance < 16 * torch.finfo(getattr(torch, case.dtype)).eps, f"{distance:.3f} apart"
 
 
 # -------------------------------------------------------------------------------------------------- a clear error

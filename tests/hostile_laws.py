@@ -326,7 +326,7 @@ def rows_alone(model: Any, family: str, case: Case, x: dict[str, Tensor], ours: 
         count = videos_of(family, parts)
         mine = selection.of(list(range(video, video + count)), [row])
         video += count
-        alone_case = replace(case, rows=(parts,), side="left", mask="int", grad=False)
+        alone_case = replace(case, rows=(parts,), side="left", grad=False)
         single = inputs(family, alone_case)
         if int(valid[row].sum()) != single["input_ids"].shape[1] or not parts:
             continue  # padding taken for text, or nothing but padding

@@ -95,14 +95,14 @@ def received_attention(q: Floats, k: Floats, scale: float) -> Floats:
 def static_flags(x: Floats, tau: float) -> Bools:
     """Static flags [T-1, N] of `x` [T, N, D]: is token (t, n) more than `tau` like token (t+1, n)?
 
-    Tokens that differ by no more than rounding are alike whatever `tau` is: a cosine above 1 - 2**-16.
+    Tokens that differ by no more than rounding (a cosine above 1 - 2**-16) are alike also where `tau` is 1.
     """
     T, N, _ = x.shape
     flags = np.zeros((T - 1, N), dtype=bool)
     for t in range(T - 1):
         for n in range(N):
             alike = cosine(x[t, n], x[t + 1, n])
-            flags[t, n] = alike > tau or alike > 1 - 2**-16
+            flags[t, n] = alike > tau or (tau <= 1 and alike > 1 - 2**-16)
     return flags
 
 
