@@ -70,10 +70,10 @@ PRESET: dict[str, Any] = {"base": "holimerge-25", "inner": {"layer": 3}}
 OUTER = {**PRESET, "inner": None}
 SEGMENTS = {"order": "segment", "positions": "contiguous", "similarity": 0.5}
 LEVEL = "rows of one length that lose unlike numbers"
-TWO_TURNS = (2, Clip(), 2, Clip(seed=1), 1)
+TWO_VIDEOS = (2, Clip(), 2, Clip(seed=1), 1)
 ALWAYS = {
     **{f"{look} pixels": Case(PRESET, ((2, Clip(look=look), 2), (3,)), CALLS[i % 2]) for i, look in enumerate(POISONS)},
-    **{f"fault {fault}": Case(PRESET, (TWO_TURNS, (3,)), CALLS[i % 2], fault=fault) for i, fault in enumerate(FAULTS)},
+    **{f"fault {fault}": Case(PRESET, (TWO_VIDEOS, (3,)), CALLS[i % 2], fault=fault) for i, fault in enumerate(FAULTS)},
     "huge pixels": Case(PRESET, ((2, Clip(look="huge"), 2), (3,))),
     "every look": Case(PRESET, tuple((1, *(Clip(3, look), Clip(3, look)), 1) for look in LOOKS if look != "huge")),
     "one token": Case({**PRESET, "budget": {"tokens": 1}}, ((2, Clip(3), 2),), "generate"),
