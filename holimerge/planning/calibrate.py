@@ -202,7 +202,11 @@ def _matmuls(watch: _Watch, make: Callable[..., Tensor]) -> None:
             if last * rows / ROWS[max(0, ROWS.index(rows) - 1)] > TOO_LONG_MS:
                 break
             x = make(rows, edge)
-            last = watch.add((edge, rows), lambda x=x, weights=weights: functional.linear(x, next(weights)))
+            last = watch.add((edge, rows), partial(_linear, x, weights))
+
+
+def _linear(x: Tensor, weights: Iterator[Tensor]) -> Tensor:
+    return functional.linear(x, next(weights))
 
 
 def _attentions(watch: _Watch, make: Callable[..., Tensor], implementation: str) -> None:
@@ -241,6 +245,10 @@ def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
 
+def _silu_mul(x: Tensor, y: Tensor) -> Tensor:
+    return functional.silu(x) * y
+
+
 def _pool(x: Tensor) -> Tensor:
     """LLaVA-OneVision's pooling. x: [T, 729, D]."""
     maps = x.view(x.shape[0], _EDGE_OF_MAP, _EDGE_OF_MAP, -1).permute(0, 3, 1, 2).contiguous()
@@ -262,9 +270,9 @@ def _elementwise(watch: _Watch, make: Callable[..., Tensor], width: int = 512, h
             "rmsnorm": partial(_rms_norm, x, weight),
             "layernorm": partial(functional.layer_norm, x, (width,), weight, bias),
             "gelu": partial(functional.gelu, x, approximate="tanh"),
-            "silu_mul": lambda x=x, y=y: functional.silu(x) * y,
+            "silu_mul": partial(_silu_mul, x, y),
             "rotary": partial(rotate, heads, cos, sin),
-            "transpose": lambda heads=heads: heads.clone(memory_format=torch.contiguous_format),
+            "transpose": partial(heads.clone, memory_format=torch.contiguous_format),
         }
         for name, call in calls.items():
             if longest.get(name, 0.0) * 2 < TOO_LONG_MS / 4:
@@ -278,7 +286,7 @@ def _elementwise(watch: _Watch, make: Callable[..., Tensor], width: int = 512, h
 def _received(watch: _Watch, make: Callable[..., Tensor], width: int = 64) -> None:
     for patches in PATCHES:
         q, k = make(UNITS, 1, patches, width), make(UNITS, 1, patches, width)
-        watch.add(("received", patches), lambda q=q, k=k: received_attention(q, k, 0.125))
+        watch.add(("received", patches), partial(received_attention, q, k, 0.125))
 
 
 _CONVOLVED = (1024, 1176, 256)  # patches, values of a patch, width
@@ -299,7 +307,8 @@ def _reduction(where: torch.device, dtype: torch.dtype, method: str) -> tuple[fl
     found = method_module(method).METHOD
     assert found.reduce is not None
     assert found.options is not None
-    options, watch, terms = found.options(), _Watch(where), []
+    options, watch = found.options(), _Watch(where)
+    terms: list[tuple[float, ...]] = []
     for frames, side, width in ((4, 4, 64), (4, 14, 256), (16, 14, 64), (16, 14, 1024), (48, 14, 256), (16, 6, 256)):
         tokens = _scenes(frames, side * side, width, where, dtype)
         total = frames * side * side

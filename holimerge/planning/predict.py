@@ -8,11 +8,10 @@ activations alive at once. Both are of one prompt (a batch of one row), and neve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..cost import inner_kept, llm_prefill_exact
-from ..shapes import Grid, ModelShape, TextShape, VisionShape
+from ..shapes import Grid, ModelShape, TextShape
 from .device import Device
 
 STAGES = ("vision", "reduce", "project", "splice", "prefill", "other")
@@ -293,23 +292,7 @@ def memory_gib(prompt: Prompt, scheme: Scheme, entering: int, *, eager: bool = F
     return (parts["weights"] + parts["pixels"] + max(parts["tower"], parts["decoder"] + parts["cache"])) / GIB
 
 
-def largest(cost: Callable[[int], float], total: int, limit: float, least: int = 1) -> int | None:
-    """The largest K in least..total with cost(K) <= limit; None if there is none.
-
-    cost: grows with K, except that the whole (`total`) may cost less than one token fewer: nothing is merged then.
-    """
-    if cost(total) <= limit:
-        return total
-    if total <= least or cost(least) > limit:
-        return None
-    low, high = least, total - 1
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if cost(middle) <= limit else (low, middle - 1)
-    return low
-
-
-__all__: Sequence[str] = [
+__all__ = [
     "GIB",
     "STAGES",
     "Clip",
