@@ -80,7 +80,8 @@ def bench_inputs(
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels}
     if not separate:
         inputs["mm_token_type_ids"] = (ids == config.video_token_id).long() * 2
-        inputs["second_per_grid_ts"] = torch.tensor([1.0])
+        if config.model_type != "qwen3_vl":  # whose text says the times
+            inputs["second_per_grid_ts"] = torch.tensor([1.0])
     return inputs
 
 

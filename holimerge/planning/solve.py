@@ -165,7 +165,7 @@ def round_up(value: float | Fraction, digits: int = 4) -> float:
 class EncoderSetting:
     """A setting inside the vision tower that a plan may choose.
 
-    config: its block of the configuration. tower_share: FLOPs of the tower's blocks that it leaves.
+    config: keys it adds to the configuration. tower_share: FLOPs of the tower's blocks that it leaves.
     """
 
     config: Mapping[str, Any]
@@ -294,7 +294,7 @@ def _configuration(
     found: dict[str, Any] = {"base": f"holimerge-{round(100 * share):02d}", "budget": {"tokens": entering}}
     found["inner"] = None if inner is None else dict(inner)
     if encoder is not None:
-        found["encoder"] = dict(encoder.config)
+        found |= encoder.config
     return found
 
 
