@@ -325,7 +325,7 @@ def most_frames(setting: Setting, budget: Budget, *, least: float = ENOUGH) -> C
     """
     if budget.ttft_ms is None and budget.memory_gib is None and budget.tokens is None:
         raise ConfigError("budget: only ttft_ms, memory_gib and tokens bound the number of frames; give one of them")
-    least = min(least, budget.retain) if budget.retain is not None else least
+    least = least if budget.retain is None else budget.retain
 
     def enough(frames: int) -> Choice | None:
         try:
