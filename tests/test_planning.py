@@ -22,7 +22,16 @@ from holimerge.config import Budget, ConfigError
 from holimerge.cost import inner_kept, largest_budget, llm_prefill_exact
 from holimerge.eval.toy import toy_config
 from holimerge.planning import calibrate, solve
-from holimerge.planning.device import Conditions, Device, cache_folder, load_device, monotone, read_table, save_device
+from holimerge.planning.device import (
+    OPERATIONS,
+    Conditions,
+    Device,
+    cache_folder,
+    load_device,
+    monotone,
+    read_table,
+    save_device,
+)
 from holimerge.planning.predict import Clip, Prompt, Scheme, memory_gib, memory_parts, predict
 from holimerge.planning.solve import EncoderSetting, ImpossibleError, Row, Setting, most_frames, plan, share_out
 from holimerge.shapes import load_shape, shape_of, text_shape
@@ -34,7 +43,6 @@ def device(scale: float = 1.0, conditions: Conditions = HERE, **overhead: float)
     """A device whose every operation takes as long as its arithmetic: `scale` ns a multiplication or element."""
     sizes = [2.0**p for p in range(4, 26, 3)]
     line = monotone([(n, 1e-6 * scale * n) for n in sizes])
-    operations = ("add", "copy", "transpose", "rmsnorm", "layernorm", "gelu", "silu_mul", "rotary", "pool")
     return Device(
         conditions=conditions,
         matmul=tuple(
@@ -46,7 +54,7 @@ def device(scale: float = 1.0, conditions: Conditions = HERE, **overhead: float)
             for kind in ("causal", "full")
             for width in (64, 128)
         },
-        elementwise=dict.fromkeys(operations, line),
+        elementwise=dict.fromkeys(OPERATIONS, line),
         received=monotone([(n, 1e-6 * scale * n * n) for n in (4, 729)]),
         overhead=overhead,
         reduction={"holitom": (0.01, 0.001, 1e-6, 1e-7)},

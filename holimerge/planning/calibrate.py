@@ -263,6 +263,7 @@ def _elementwise(watch: _Watch, make: Callable[..., Tensor], width: int = 512, h
         rows = max(1, elements // width)
         x, y = make(rows, width), make(rows, width)
         heads = x.view(1, rows, width // head, head).transpose(1, 2)
+        fused = make(rows, 3, width // head, head)[:, 0]
         cos, sin = make(1, 1, rows, head), make(1, 1, rows, head)
         calls: dict[str, Callable[[], Any]] = {
             "add": partial(torch.add, x, y),
@@ -272,6 +273,7 @@ def _elementwise(watch: _Watch, make: Callable[..., Tensor], width: int = 512, h
             "gelu": partial(functional.gelu, x, approximate="tanh"),
             "silu_mul": partial(_silu_mul, x, y),
             "rotary": partial(rotate, heads, cos, sin),
+            "rotary_fused": partial(rotate, fused, cos[0, 0, :, None], sin[0, 0, :, None]),
             "transpose": partial(heads.clone, memory_format=torch.contiguous_format),
         }
         for name, call in calls.items():

@@ -22,6 +22,12 @@ from typing import Any
 
 VERSION = 1  # of what is measured; a file of another version is measured anew
 
+OPERATIONS = (
+    *("add", "copy", "transpose", "rmsnorm", "layernorm", "gelu", "silu_mul", "rotary"),
+    "rotary_fused",  # on queries that lie between keys and values
+    "pool",
+)
+
 Points = tuple[tuple[float, float], ...]
 
 
@@ -158,6 +164,9 @@ class Device:
                 raise ValueError("a time is a number of at least 0")
             return found
 
+        missing = set(OPERATIONS) - set(plain["elementwise"])
+        if missing:
+            raise ValueError(f"no times of {', '.join(sorted(missing))}")
         return cls(
             conditions=Conditions(**plain["conditions"]),
             matmul=tuple(sorted((float(edge), points(p)) for edge, p in plain["matmul"])),

@@ -126,7 +126,7 @@ def tower_layer(device: Device, shape: ModelShape, patches: int, attention: floa
     ms += device.elementwise_ms("silu_mul" if v.gated else "gelu", n * m)
     ms += 2 * device.elementwise_ms("transpose", n * d)
     if not flat:
-        ms += 2 * device.elementwise_ms("rotary", n * d)
+        ms += 2 * device.elementwise_ms("rotary_fused", n * d)
     return ms + device.overhead.get("tower_layer", 0.0)
 
 
