@@ -26,11 +26,9 @@ from .measure import gains, measure_cases
 from .run import devices_of
 from .toy import describe, random_model, toy_config
 
-AIMS = {
-    "reduce_ms": 2.0,
-    "share_of_ideal": 0.95,
-    "inner_share": 0.01,
-}  # of the 7B shape in bf16 on a GPU, 32 frames, 10 %
+# of the 7B shape in bf16 on a GPU, 32 frames, 10 %
+AIMS = {"reduce_ms": 2.0, "share_of_ideal": 0.95, "inner_share": 0.01}
+TIMESTAMP = 6  # tokens of <3.5 seconds>
 
 
 def shape_config(name: str) -> tuple[Any, Shape | None]:
@@ -58,7 +56,8 @@ def bench_inputs(
     rng = np.random.default_rng(seed)
     clip = synthetic_clip(frames, *side, seed=seed).astype(np.int16)
     clip = np.clip(clip + rng.integers(-2, 3, size=clip.shape, dtype=np.int16), 0, 255).astype(np.uint8)
-    settings = default_settings(config.model_type, config)
+    alike = {"qwen3_vl": "qwen2_5_vl"}  # the same patches, of another size, which the config says
+    settings = default_settings(alike.get(config.model_type, config.model_type), config)
     if config.model_type != "llava_onevision":  # the size is chosen here: keep it
         settings = replace(settings, min_pixels=1, max_pixels=side[0] * side[1])
     pixels = settings.pixels(clip)
@@ -71,12 +70,19 @@ def bench_inputs(
     around = ([config.vision_start_token_id], [config.vision_end_token_id]) if not separate else ([], [])
     half = max(1, (text_tokens - 2 * len(around[0])) // 2)
     rest = max(1, text_tokens - 2 * len(around[0]) - half)
-    row = [*words[:half], *around[0], *[config.video_token_id] * (tokens + separate), *around[1], *words[-rest:]]
+    placeholders = [config.video_token_id] * (tokens + separate)
+    if config.model_type == "qwen3_vl":  # a time before each step, which stands between markers of its own
+        steps = vision.steps(frames)
+        stamp = rng.choice(plain, size=TIMESTAMP).tolist()
+        step = [*stamp, *around[0], *[config.video_token_id] * (tokens // steps), *around[1]]
+        placeholders = step * steps
+    row = [*words[:half], *around[0], *placeholders, *around[1], *words[-rest:]]
     ids = torch.tensor([row])
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels}
     if not separate:
         inputs["mm_token_type_ids"] = (ids == config.video_token_id).long() * 2
-        inputs["second_per_grid_ts"] = torch.tensor([1.0])
+        if config.model_type != "qwen3_vl":  # whose text says the times
+            inputs["second_per_grid_ts"] = torch.tensor([1.0])
     return inputs
 
 

@@ -1,4 +1,4 @@
-"""The command line: `holimerge ask | eval | compare | cache | bench | flops | list | doctor | demo | convert-...`.
+"""The command line: `holimerge ask | eval | compare | cache | bench | plan | flops | list | doctor | ...`.
 
 Nothing heavy is imported before a command runs. A user's mistake is one red line on stderr and exit status 2; `--debug`
 shows where it came from. With `--json` nothing but the JSON is on stdout.
@@ -329,6 +329,50 @@ def flops(
             console.print(f"- {note}", style="dim", highlight=False)
 
     _finish(result, show, json_, None)
+
+
+@_command
+def plan(
+    budget: Annotated[
+        list[str], typer.Option(help="ttft_ms=300, memory_gib=12, tokens=640, flops=0.1, retain=0.2; repeat or join.")
+    ],
+    model: Annotated[str | None, typer.Option(help="A Hugging Face hub id or a local folder.")] = None,
+    shape: Annotated[str | None, typer.Option(help="Or a name `holimerge list` shows, or toy: random weights.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames; without it: the most that fit.", min=1)] = None,
+    least: Annotated[float, typer.Option(help="Without --frames: least share of the tokens that enters.")] = 0.1,
+    text_tokens: Annotated[int, typer.Option(help="Prompt tokens besides the video's.", min=2)] = 40,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: a GPU if there is one.")] = None,
+    dtype: Dtype = "auto",
+    attn_implementation: Annotated[str, typer.Option(help="sdpa, eager, flash_attention_2.")] = "sdpa",
+    inner: Annotated[bool, typer.Option(help="Whether an inner merge may be chosen.")] = True,
+    measure: Annotated[bool, typer.Option(help="Run the plan and compare.")] = True,
+    repeats: Annotated[int, typer.Option(min=1)] = 3,
+    recalibrate: Annotated[bool, typer.Option("--recalibrate", help="Measure the device anew.")] = False,
+    output: Output = None,
+    json_: Json = False,
+) -> None:
+    """Find the configuration that meets a budget of time, memory, FLOPs or tokens, and run it."""
+    from .planning import plan_model, show_plan
+    from .show import Steps
+
+    with Steps() as say:
+        result = plan_model(
+            shape=shape,
+            model=model,
+            frames=frames,
+            budget=budget,
+            text_tokens=text_tokens,
+            device=device,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            inner=inner,
+            least=least,
+            measure=measure,
+            repeats=repeats,
+            recalibrate=recalibrate,
+            say=say,
+        )
+    _finish(result, lambda: show_plan(result, _console()), json_, output)
 
 
 @_command

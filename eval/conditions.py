@@ -11,6 +11,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from holimerge.planning.device import processor
+
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "av", "numpy", "pydantic", "tokenizers")
 
 
@@ -40,16 +42,6 @@ def commit() -> str | None:
             return None
         lines.append(done.stdout.strip())
     return lines[0] + ("-dirty" if lines[1] else "")
-
-
-def processor() -> str:
-    """The CPU's name."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def conditions(device: Any = "cpu", **more: Any) -> dict[str, Any]:

@@ -11,7 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .conditions import processor, source_tree, version_of
+from holimerge.planning.device import processor
+
+from .conditions import source_tree, version_of
 
 CORE = ("torch", "transformers", "pydantic", "PyYAML", "numpy", "tokenizers", "safetensors")
 OPTIONAL = {

@@ -105,10 +105,12 @@ def _entering(
     total, budget = steps * per_step, cfg.budget
     if budget is None:
         return total
+    if budget.estimated:
+        raise ValueError(f"budget.{budget.estimated[0]}: depends on the device; `holimerge plan` solves it")
     if budget.flops is not None:
         notes.append("budget.flops is a share of the unpatched LLM prefill in the exact convention, text included")
         retain = None if cfg.inner is None else cfg.inner.retain
-        return largest_budget(
+        most = largest_budget(
             model.text,
             share=budget.flops,
             total_tokens=total,
@@ -116,11 +118,13 @@ def _entering(
             inner_layer=layer,
             inner_retain=retain,
         )
+        return min(most, int(budget.cap(total)))
     if budget.retain is not None and (convention == "paper" or not budget.exact):
         notes.append("nominal count T x ceil(r N), as in the paper's table")
         if not budget.exact:
             notes.append("the authors' rounding (exact: false) lets the real count vary with the video")
-        return min(total, paper_tokens(steps, per_step, budget.retain))
+        nominal = paper_tokens(steps, per_step, budget.retain)
+        return min(total, nominal, total if budget.tokens is None else budget.tokens)
     return int(budget.keep(total))
 
 

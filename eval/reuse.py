@@ -1,10 +1,11 @@
 """One video is encoded once for all its questions.
 
 No outer reduction here looks at the question: what enters the LLM is a function of the pixels and of the budget. So
-inside `reusing(model)` the vision tower's output (unpatched), or the reduced tokens (patched), are kept for the videos
-seen last and returned for equal pixels. Equal means every value, compared; nothing is guessed from names. A `flops`
-budget depends on the prompt's length, so it is part of what must be equal. The inner merge does look at the question
-and is done each time. Videos of a batch are encoded one by one, so that every path computes the same bits.
+inside `reusing(model)` the vision tower's output (unpatched), or the reduced tokens (patched), are kept for the
+videos seen last and returned for equal pixels. Equal means every value, compared; nothing is guessed from names. A
+budget on the prompt (`flops`, `ttft_ms`) depends on its length, so its count is part of what must be equal. The inner
+merge does look at the question and is done each time. Videos of a batch are encoded one by one, so that every path
+computes the same bits.
 """
 
 from __future__ import annotations

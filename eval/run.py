@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from holimerge.api import _handle, _inner_model, merging
 from holimerge.config import Config
 from holimerge.registry import family_module
-from holimerge.timing import StageClock
+from holimerge.timing import StageClock, now
 
 # The stages of the time to first token, in order; `inner` is part of `prefill`.
 STAGES = ("vision", "reduce", "project", "splice", "prefill", "inner")
@@ -45,7 +44,7 @@ class _Ticks(StoppingCriteria):
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
         _synchronise(self.devices)
-        self.times.append(time.perf_counter())
+        self.times.append(now())
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
@@ -74,12 +73,12 @@ def run_once(
         if memory:
             _reset_peak(devices)
         _synchronise(devices)
-        begin = time.perf_counter()
+        begin = now()
         answer = model.generate(
             **inputs, max_new_tokens=max_new_tokens, do_sample=False, temperature=None, top_p=None, top_k=None, **extra
         )
         _synchronise(devices)
-        end = time.perf_counter()
+        end = now()
     first = ticks.times[0] if ticks.times else end
     stages, tokens, clusters = _tell(model, inputs, clock)
     return Run(

@@ -36,40 +36,60 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
+LIMITS = ("retain", "tokens", "flops", "ttft_ms", "memory_gib")
+
+
 class Budget(Section):
-    """How many video tokens may enter the LLM; exactly one of `retain`, `tokens` and `flops`.
+    """How many video tokens may enter the LLM: the most that meet every limit given; at least one limit.
 
     retain: share of the video's own tokens, per video, in (0, 1].
     tokens: count per video, at least 1.
     flops: share of the unpatched LLM prefill (text included), per prompt, in (0, 1].
-    exact: exactly that many tokens, known before a feature exists; false follows the authors' rounding.
+    ttft_ms: time to the first token of a prompt by itself, from `generate` on, as predicted for the device.
+    memory_gib: peak memory of a prompt by itself, weights included, as computed from the sizes.
+    exact: exactly that many tokens, known before a feature exists; false follows the authors' rounding, which limits
+        other than `retain` are then met by about.
     """
 
     retain: float | None = Field(None, gt=0, le=1)
     tokens: int | None = Field(None, ge=1)
     flops: float | None = Field(None, gt=0, le=1)
+    ttft_ms: float | None = Field(None, gt=0)
+    memory_gib: float | None = Field(None, gt=0)
     exact: bool = True
 
     @model_validator(mode="after")
-    def _one_kind(self) -> Budget:
-        given = [k for k in ("retain", "tokens", "flops") if getattr(self, k) is not None]
-        if len(given) != 1:
-            raise ValueError(
-                f"exactly one of retain, tokens, flops is needed; got {' and '.join(given) if given else 'none'}"
-            )
+    def _some_limit(self) -> Budget:
+        if all(getattr(self, k) is None for k in LIMITS):
+            raise ValueError(f"at least one of {', '.join(LIMITS)} is needed; got none")
         return self
+
+    @property
+    def of_prompt(self) -> list[str]:
+        """The limits that are solved for a prompt, not for a video alone."""
+        return [k for k in ("flops", "ttft_ms", "memory_gib") if getattr(self, k) is not None]
+
+    @property
+    def estimated(self) -> list[str]:
+        """The limits that need a cost model of the whole model: its tower, its projector, its decoder."""
+        return [k for k in ("ttft_ms", "memory_gib") if getattr(self, k) is not None]
+
+    def cap(self, total: int) -> int:
+        """The most tokens of a video of `total` = T N that `retain` and `tokens` allow."""
+        most = total
+        if self.retain is not None:
+            # the share as it is written: 0.009 of 1500 is 13.5, which floats put below the half
+            most = min(most, max(1, math.floor(Fraction(str(self.retain)) * total + Fraction(1, 2))))
+        return most if self.tokens is None else min(most, self.tokens)
 
     def keep(self, total: int) -> int:
         """K, the tokens to keep of a video of `total` = T N tokens (separators not counted).
 
-        A `flops` budget needs the prompt: see `holimerge.cost.largest_budget`.
+        A budget with limits on the prompt needs the prompt: see `holimerge.planning.solve.share_out`.
         """
-        if self.retain is not None:
-            # the share as it is written: 0.009 of 1500 is 13.5, which floats put below the half
-            return min(total, max(1, math.floor(Fraction(str(self.retain)) * total + Fraction(1, 2))))
-        if self.tokens is not None:
-            return min(total, self.tokens)
-        raise ValueError("a flops budget is solved for a prompt, not for a video alone")
+        if self.of_prompt:
+            raise ValueError(f"a {self.of_prompt[0]} budget is solved for a prompt, not for a video alone")
+        return self.cap(total)
 
 
 class OuterOptions(Section):
@@ -184,7 +204,7 @@ class Config(Section):
             raise ValueError(f"chunk_frames: method {self.method} makes the stock call of the tower, in one piece")
         if method.options is not None and self.budget is None:
             raise ValueError(
-                f"budget: method {self.method} needs one, e.g. {{retain: 0.1}}, {{tokens: 640}} or {{flops: 0.1}}"
+                f"budget: method {self.method} needs one, e.g. {{retain: 0.1}}, {{tokens: 640}} or {{ttft_ms: 300}}"
             )
         if method.options is not None and self.outer is None:
             # `outer` was absent, so its validator did not run: take the method's defaults
@@ -252,9 +272,9 @@ def _override(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
     for key, value in changes.items():
         if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
             below = dict(merged[key])
-            if key == "budget" and {"retain", "tokens", "flops"} & set(value):
-                # another kind of budget replaces the preset's, it does not stand beside it
-                below = {k: v for k, v in below.items() if k not in ("retain", "tokens", "flops")}
+            if key == "budget" and set(LIMITS) & set(value):
+                # other limits replace the preset's, they do not stand beside it
+                below = {k: v for k, v in below.items() if k not in LIMITS}
             merged[key] = _override(below, value)
         else:
             merged[key] = value

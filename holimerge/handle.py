@@ -34,6 +34,7 @@ from .call import CALL, PROMPT, Call, Prompt, by_name
 from .config import Config, ConfigError
 from .inner_stage import InnerStage
 from .outer_stage import PIXELS, OuterStage, ReducedVideo
+from .planning.patched import check_estimated
 from .registry import method_module
 from .report import Report, Selection
 from .splice import continue_over, pack, remember_continuation, unpack
@@ -87,6 +88,7 @@ class Handle:
     def _refuse_what_the_family_cannot(self) -> None:
         family, config = self.family, self.config
         name = getattr(self.model.config, "model_type", type(self.model).__name__)
+        check_estimated(config.budget, self.model.config)
         if config.treat_images_as_video and family.no_images:
             raise ConfigError(f"treat_images_as_video: {name}: {family.no_images}")
         if not family.video_input and self.method.reduce is not None and not config.treat_images_as_video:

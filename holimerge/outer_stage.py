@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .allocation import largest_remainder
 from .call import CALL, PROMPT, Call, Placed, Prompt, Source, videos_by_row
 from .config import ConfigError
-from .cost import largest_budget
 from .encoding import Encoded, Grid, Request
 from .placement import FrameImages, Placement, frames_among_images
+from .planning.patched import row_of
+from .planning.solve import share_out
 from .report import Report, VideoReport
-from .shapes import text_shape
 from .tokens import MergeRecord, Target, keep_everything
 
 if TYPE_CHECKING:
@@ -253,16 +252,14 @@ class OuterStage:
         budget = handle.config.budget
         assert budget is not None
         totals = [grid.total for grid in grids]
-        if budget.flops is None:
-            return [
-                Target(budget.keep(n), budget.retain if budget.retain is not None else budget.keep(n) / n, budget.exact)
-                for n in totals
-            ]
+        if not budget.of_prompt:
+            return [Target(k, budget.retain or k / n, budget.exact) for k, n in ((budget.keep(n), n) for n in totals)]
+        name = f"budget.{budget.of_prompt[0]}"
         mask = handle.family.placeholders(handle.core, kind, source.input_ids, source.inputs_embeds)
         if inside is not None:
             mask = inside.within(mask)
         if len(self.functions()) > 1 and bool(self._others(kind, source).any()):
-            raise ConfigError("budget.flops: cannot be solved for a prompt of videos and images as videos; use retain")
+            raise ConfigError(f"{name}: cannot be solved for a prompt of videos and images as videos; use retain")
         valid = source.attention_mask if source.attention_mask is not None else torch.ones_like(mask)
         valid = valid[:, -mask.shape[1] :]
         if isinstance(source, Prompt) and mask.shape[1] > source.seen:
@@ -274,33 +271,14 @@ class OuterStage:
             raise ValueError(
                 f"the prompt has {int(mask.sum())} {kind} placeholders, its videos make {sum(lengths)} tokens"
             )
-        text = text_shape(handle.model.config)
-        layer = None if handle.inner is None else handle.inner.layer
-        retain = None if handle.config.inner is None else handle.config.inner.retain
         keep = [0] * len(totals)
         for row, length in zip(videos_by_row(mask.sum(1).tolist(), lengths), valid.sum(1).tolist(), strict=True):
             if not row:
                 continue
-            total = sum(totals[v] for v in row)
-            try:
-                most = largest_budget(
-                    text,
-                    share=budget.flops,
-                    total_tokens=total,
-                    text_tokens=int(length) - total,
-                    inner_layer=layer,
-                    inner_retain=retain,
-                )
-            except ValueError as error:
-                raise ConfigError(str(error)) from None
-            if most < len(row):
-                raise ConfigError(
-                    f"budget.flops: {budget.flops} leaves {most} token(s) for the {len(row)} videos of a prompt; "
-                    "each needs at least one"
-                )
-            extra = largest_remainder([totals[v] - 1 for v in row], most - len(row))
-            for v, more in zip(row, extra, strict=True):
-                keep[v] = 1 + more
+            rest = int(length) - sum(totals[v] for v in row)
+            solved = share_out(budget, row_of(handle, [grids[v] for v in row], rest))
+            for v, count in zip(row, solved, strict=True):
+                keep[v] = count
         return [Target(k, k / n, budget.exact) for k, n in zip(keep, totals, strict=True)]
 
 

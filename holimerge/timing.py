@@ -3,10 +3,36 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
+
+_HOST: ContextVar[Callable[[], float]] = ContextVar("holimerge_host_clock", default=time.perf_counter)
+
+
+def now() -> float:
+    """Seconds of the host's clock: the wall clock, if `reading` says nothing else."""
+    return _HOST.get()()
+
+
+def quiet_clock(device: torch.device) -> Callable[[], float]:
+    """The clock least disturbed by others on the machine: one thread on a CPU works as long as its process runs.
+
+    Without other load it shows what the wall clock shows. Several threads or another device need the wall clock.
+    """
+    return time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+
+
+@contextmanager
+def reading(clock: Callable[[], float]) -> Iterator[None]:
+    """Inside the block the host's times are read from `clock`."""
+    token = _HOST.set(clock)
+    try:
+        yield
+    finally:
+        _HOST.reset(token)
 
 
 class StageClock:
@@ -32,7 +58,7 @@ class StageClock:
             event.record(torch.cuda.current_stream(device))
             self._events.append((name, event, torch.cuda.Event(enable_timing=True)))
         else:
-            self._host[name] = self._host.get(name, 0.0) - time.perf_counter()
+            self._host[name] = self._host.get(name, 0.0) - now()
 
     def stop(self, name: str, device: torch.device) -> None:
         """End the stage of that name that was started last."""
@@ -42,7 +68,7 @@ class StageClock:
                     end.record(torch.cuda.current_stream(device))
                     return
         else:
-            self._host[name] += time.perf_counter()
+            self._host[name] += now()
 
     def milliseconds(self) -> dict[str, float]:
         """Stage name -> ms. Waits for the device if a stage has not finished."""

@@ -1,0 +1,81 @@
+"""The planner inside a patched model: the row of a batch that is being encoded, as the solver sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ..config import Budget, ConfigError
+from ..encoding import Grid
+from ..shapes import ModelShape, shape_of, text_shape
+from .device import Device
+from .predict import Clip, Prompt, Scheme
+from .solve import Row
+
+if TYPE_CHECKING:
+    from ..handle import Handle
+
+
+def check_estimated(budget: Budget | None, config: object) -> None:
+    """Refuse limits on time and memory for a model without a cost model. Raises ConfigError."""
+    if budget is None or not budget.estimated:
+        return
+    try:
+        shape_of(config)
+    except TypeError as error:
+        raise ConfigError(f"budget.{budget.estimated[0]}: {error}; give a budget as retain, tokens or flops") from None
+
+
+def scheme_of(handle: Handle) -> Scheme:
+    """What of a patched model's configuration costs time."""
+    config = handle.config
+    assert config.outer is not None
+    return Scheme(
+        method=config.method,
+        at=config.outer.at,
+        layer=None if handle.inner is None else handle.inner.layer,
+        retain=None if config.inner is None else config.inner.retain,
+        chunk=config.chunk_frames,
+    )
+
+
+def row_of(handle: Handle, grids: Sequence[Grid], rest: int) -> Row:
+    """One row of a prompt.
+
+    Args:
+        grids: of its videos. rest: its tokens that are no video tokens.
+
+    Raises:
+        TypeError: there is no cost model for its decoder.
+    """
+    totals, budget = tuple(grid.total for grid in grids), handle.config.budget
+    assert budget is not None
+    row = Row(text_shape(handle.model.config), totals, rest, scheme_of(handle))
+    if not budget.estimated:
+        return row
+    shape = shape_of(handle.model.config)
+    tensors = [*handle.model.parameters(), *handle.model.buffers()]
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    element = next(handle.lm.parameters()).element_size()
+    prompt = Prompt(shape, tuple(_clip(shape, grid) for grid in grids), rest, weights, element)
+    device = device_of(handle) if budget.ttft_ms is not None else None
+    return Row(row.text, totals, rest, row.scheme, prompt, device, _attention(handle) == "eager")
+
+
+def _clip(shape: ModelShape, grid: Grid) -> Clip:
+    vision = shape.vision
+    if vision.side is not None:
+        return Clip(grid.frames)
+    return Clip(grid.frames, (grid.rows * vision.merge, grid.columns * vision.merge))
+
+
+def _attention(handle: Handle) -> str:
+    return str(getattr(handle.model.config, "_attn_implementation", None) or "sdpa")
+
+
+def device_of(handle: Handle) -> Device:
+    """The tables of the device that holds the decoder; measured now where they are not known (seconds)."""
+    from .calibrate import calibrated
+
+    first = next(handle.lm.parameters())
+    return calibrated(first.device, first.dtype, _attention(handle), method=handle.config.method)
