@@ -61,7 +61,7 @@ def in_order(
                             return
                     state.fail(due, RuntimeError("a reader gave too few results"))  # nothing, if it gave them all
                     due = state.take()
-        except BaseException as error:  # noqa: BLE001  (raised again by the one who takes the results)
+        except BaseException as error:  # raised again by the one who takes the results
             state.fail(due or (), error)
 
     workers = [threading.Thread(target=work, name="holimerge-decode", daemon=True) for _ in range(threads)]

@@ -1,8 +1,8 @@
 """The times of an mp4 file's frames, from its header alone.
 
-Listing packets reads the whole file; the header (ISO/IEC 14496-12: stts, ctts, stss, stsz, elst) has the same times in a
-few kilobytes. Only plain headers are used: one edit at most, which shows every frame. Anything else, and any doubt, is
-None, and the packets are listed instead.
+Listing packets reads the whole file; the header (ISO/IEC 14496-12: stts, ctts, stss, stsz, elst) has the same times in
+a few kilobytes. Only plain headers are used: one edit at most, which shows every frame. Anything else, and any doubt,
+is None, and the packets are listed instead.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 _NESTED = {b"moov", b"trak", b"mdia", b"minf", b"stbl", b"edts"}
 _REFUSED = {b"mvex", b"stps", b"senc"}  # frames elsewhere, other marks of key frames, encryption
-_LARGEST = 1 << 28  # bytes of a header
+_LARGEST, _MOST = 1 << 28, 1 << 26  # bytes of a header, frames
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,20 +99,24 @@ def _leaves(body: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 def _times(track: dict[bytes, bytes], movie: bytes) -> HeaderTimes | None:
     size, count = _numbers(track[b"stsz"], 4, 2)
-    if int.from_bytes(track[b"stsd"][4:8], "big") != 1 or not count or (not size and _entries(track[b"stsz"], 8) < count):
-        return None
     runs = _pairs(track[b"stts"])
+    if _numbers(track[b"stsd"], 4, 1) != [1] or not 0 < count <= _MOST or runs[:, 0].sum() != count:
+        return None
+    if not size and len(track[b"stsz"]) < 12 + 4 * count:
+        return None
     durations = np.repeat(runs[:, 1], runs[:, 0])
     stored = np.cumsum(durations) - durations
-    shift = np.zeros(len(stored), dtype=np.int64)
+    shift = np.zeros(count, dtype=np.int64)
     if b"ctts" in track:
         shifts = _pairs(track[b"ctts"])
         signed = shifts[:, 1].astype(np.uint32).view(np.int32)  # older files have negative ones in version 0 too
+        if shifts[:, 0].sum() != count:
+            return None
         shift = np.repeat(signed.astype(np.int64), shifts[:, 0])
     keys = np.full(count, b"stss" not in track)
     if b"stss" in track:
         keys[np.frombuffer(track[b"stss"], dtype=">u4", offset=8).astype(np.int64) - 1] = True
-    if not len(stored) == len(shift) == count or not keys[0]:
+    if not keys[0]:
         return None
     begin, length = _edit(track.get(b"elst"), _scale(track[b"mdhd"]), _scale(movie))
     pts = stored + shift - begin
@@ -150,10 +154,6 @@ def _scale(head: bytes) -> int:
 
 def _numbers(body: bytes, at: int, count: int) -> list[int]:
     return [int(n) for n in np.frombuffer(body, dtype=">u4", count=count, offset=at)]
-
-
-def _entries(body: bytes, skip: int) -> int:
-    return (len(body) - 4 - skip) // 4
 
 
 def _pairs(body: bytes) -> np.ndarray:

@@ -2,10 +2,10 @@
 
 How a frame is found. The header of a plain mp4, or else the packets, read once without decoding, give the number of
 frames and every presentation time (`FrameTable`), also for files of variable frame rate and for containers that do not
-store a frame count. For each wanted frame the reader goes back to the last key frame shown at or before it, unless decoding has already
-passed that key frame, and decodes until the frame with exactly that time stamp comes out. Where the packets cannot be
-trusted to be frames (old containers, pictures that a decoder drops after a seek), all frames are decoded and counted
-instead: slower, never a neighbouring frame in place of the right one.
+store a frame count. For each wanted frame the reader goes back to the last key frame shown at or before it, unless
+decoding has already passed that key frame, and decodes until the frame with exactly that time stamp comes out. Where
+the packets cannot be trusted to be frames (old containers, pictures that a decoder drops after a seek), all frames are
+decoded and counted instead: slower, never a neighbouring frame in place of the right one.
 
 What makes it fast: each group of pictures has its own thread and decoder, ahead of the one that takes the frames; and
 pictures that no other picture needs (H.264's and HEVC's non-reference ones) are not decoded unless they are wanted.
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
@@ -26,6 +26,7 @@ import numpy as np
 from .video_ahead import MOST_THREADS, in_order, usable_cores
 from .video_container import ends_early
 from .video_mp4 import header_times
+from .video_pictures import display_turn, stacked, upright
 
 # One packet is one shown frame with a presentation time here; elsewhere frames are counted by decoding.
 _INDEXED_CONTAINERS = {"mov", "mp4", "matroska", "webm"}
@@ -242,7 +243,7 @@ class VideoFile:
     def turned(self, table: FrameTable) -> bool:
         """Does the file ask for its picture to be turned or mirrored when shown?"""
         frames = self._sequence() if table.counted else self._from(table, 0, int(table.pts[0]))
-        return any(_display_turn(next(frames)))
+        return any(display_turn(next(frames)))
 
     def decode(self, table: FrameTable, indices: np.ndarray, size: Size) -> np.ndarray:
         """`pictures` as one array, uint8 `[T, H, W, 3]`."""
@@ -256,7 +257,7 @@ class VideoFile:
         *,
         threads: int | None = None,
         fit: Callable[[np.ndarray], np.ndarray] | None = None,
-    ) -> Iterator[np.ndarray]:
+    ) -> Generator[np.ndarray]:
         """Decode the frames with these numbers.
 
         Args:
@@ -299,13 +300,13 @@ class VideoFile:
         reformatter, turn = VideoReformatter(), None
         for slot, frame in self._counted(group) if table.counted else self._sought(table, group):
             if turn is None:
-                turn = _display_turn(frame)
+                turn = display_turn(frame)
                 height, width = (frame.width, frame.height) if turn[0] else (frame.height, frame.width)
                 if size is not None:
                     height, width = size(height, width) if callable(size) else size
                 if turn[0]:
                     width, height = height, width
-            picture = _upright(reformatter.reformat(frame, width, height, "rgb24").to_ndarray(), turn)
+            picture = upright(reformatter.reformat(frame, width, height, "rgb24").to_ndarray(), turn)
             yield slot, picture if fit is None else fit(picture)
 
     def _sought(self, table: FrameTable, group: Sequence[tuple[int, int]]) -> Iterator[tuple[int, Any]]:
@@ -388,16 +389,6 @@ class VideoFile:
                 return
 
 
-def stacked(pictures: Iterator[np.ndarray], count: int) -> np.ndarray:
-    """`count` pictures, uint8 `[H, W, 3]`, as one array; each is let go when the next one comes."""
-    first = next(pictures)
-    result = np.empty((count, *first.shape), dtype=np.uint8)
-    result[0] = first
-    for slot, picture in enumerate(pictures, start=1):
-        result[slot] = picture
-    return result
-
-
 def _groups(table: FrameTable, indices: np.ndarray) -> list[list[tuple[int, int]]]:
     """(slot, frame number) of the wanted frames, those after one key frame together."""
     places = np.searchsorted(table.keys, table.pts[indices], side="right") * (not table.counted)
@@ -411,22 +402,3 @@ def _is_cover(stream: Any) -> bool:
     """A still cover picture of an audio file is no video."""
     disposition = getattr(stream, "disposition", 0)
     return bool(getattr(disposition, "value", disposition) & 0x0400)  # AV_DISPOSITION_ATTACHED_PIC
-
-
-def _display_turn(frame: Any) -> tuple[bool, bool, bool]:
-    """Read the display matrix as (transpose, flip rows, flip columns), applied in this order; nearest right angle."""
-    side_data = frame.side_data.get("DISPLAYMATRIX")
-    if side_data is None:
-        return False, False, False
-    a, b, _, c, d = (int(v) for v in np.frombuffer(side_data, dtype=np.int32)[:5])
-    # A picture point (x, y) is shown at (a x + c y, b x + d y), up to a shift.
-    if abs(a) + abs(d) >= abs(b) + abs(c):
-        return False, d < 0, a < 0
-    return True, b < 0, c < 0
-
-
-def _upright(picture: np.ndarray, turn: tuple[bool, bool, bool]) -> np.ndarray:
-    transpose, flip_rows, flip_columns = turn
-    if transpose:
-        picture = picture.transpose(1, 0, 2)
-    return picture[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1]
