@@ -67,6 +67,7 @@ train-tiny: setup
 
 bench: setup
 	$(BIN)/python -m holimerge.eval.bench_reduction --output results
+	$(BIN)/python -m holimerge.eval.bench_reading --output results
 
 # run the notebooks and save them with their outputs
 notebooks: setup

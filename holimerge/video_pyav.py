@@ -298,7 +298,7 @@ class VideoFile:
         from av.video.reformatter import VideoReformatter
 
         reformatter, turn = VideoReformatter(), None
-        for slot, frame in self._counted(group) if table.counted else self._sought(table, group):
+        for slot, frame in self._counted(group) if table.counted else self.sought(table, group):
             if turn is None:
                 turn = display_turn(frame)
                 height, width = (frame.width, frame.height) if turn[0] else (frame.height, frame.width)
@@ -309,7 +309,7 @@ class VideoFile:
             picture = upright(reformatter.reformat(frame, width, height, "rgb24").to_ndarray(), turn)
             yield slot, picture if fit is None else fit(picture)
 
-    def _sought(self, table: FrameTable, group: Sequence[tuple[int, int]]) -> Iterator[tuple[int, Any]]:
+    def sought(self, table: FrameTable, group: Sequence[tuple[int, int]]) -> Iterator[tuple[int, Any]]:
         """Yield (slot, frame) for each (slot, frame number), by seeking to key frames."""
         frames: Iterator[Any] = iter(())
         at = None  # time stamp of the last frame that the decoder gave
