@@ -2,7 +2,7 @@
 
     python -m holimerge.eval.bench_reading --output results
 
-The files: ten minutes of 1280 x 720 H.264, with short and with long groups of pictures. 40 seconds (two drawn scenes that
+The files: ten minutes of 1280 x 720 H.264, with short and long groups of pictures. 40 seconds (two drawn scenes that
 pan, an object that moves) are encoded and their packets repeated, so that they are there in seconds. The bare loop
 opens the file, seeks for each frame back to its key frame, decodes up to it and converts it to full-size RGB; which
 frames, it is told. Ours finds that out itself. Both ways of PyAV's threads are tried for the loop, and ours is held
@@ -222,9 +222,8 @@ def _compared(sides: dict[str, Callable[[], Any]], settings: Settings) -> dict[s
 
 def first_token(path: str, frames: int, repeats: int, say: Callable[..., None]) -> dict[str, Any]:
     """From the file to the embedded model's first token at 15 % of the tokens, both ways: ms by stage."""
-    from holimerge.inputs import build_inputs
-
     from holimerge.config import load_config
+    from holimerge.inputs import build_inputs
 
     from .load import load, to_model
     from .run import patched, run_once

@@ -8,7 +8,8 @@ the packets cannot be trusted to be frames (old containers, pictures that a deco
 decoded and counted instead: slower, never a neighbouring frame in place of the right one.
 
 What makes it fast: each group of pictures has its own thread and decoder, ahead of the one that takes the frames; and
-pictures that no other picture needs (H.264's and HEVC's non-reference ones) are not decoded unless they are wanted.
+pictures that no other picture needs (H.264's and HEVC's non-reference ones) are not decoded unless they are wanted; and
+the decoder is emptied after the last wanted picture of a group, where it would else hold it back for later ones.
 """
 
 from __future__ import annotations
@@ -351,6 +352,7 @@ class VideoFile:
     def _decoded(self, first: Any, packets: Iterator[Any]) -> Iterator[Any]:
         context = self._stream.codec_context
         skips = context.codec.name in _SKIPPING_CODECS
+        missing = set(self._wanted)
         try:
             for packet in itertools.chain((first,), packets):
                 if self._stop.is_set():
@@ -359,6 +361,11 @@ class VideoFile:
                     needed = packet.pts is None or packet.pts in self._wanted
                     context.skip_frame = "DEFAULT" if needed else "NONREF"
                 yield from packet.decode()
+                if packet.pts in missing:
+                    missing.remove(packet.pts)
+                    if not missing:  # all that is wanted is in the decoder: have it out, without decoding on
+                        yield from context.decode(None)
+                        return
         except self._av.FFmpegError as error:
             raise TableMismatchError from error
 
