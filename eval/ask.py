@@ -31,8 +31,9 @@ def answer_video(
     one run. With `compare` both are warmed up by one token first, else the times hold a first run.
 
     Returns:
-        `answers` by case, `cases` (tokens, ms, flops; as in `holimerge.eval.measure`), `before` (decode, preprocess),
-        `video`, `conditions`, ready for JSON.
+        `answers` by case, `cases` (tokens, ms, flops; as in `holimerge.eval.measure`), `before` (decode: frames read
+        and preprocessed, both at once; preprocess: what is left of it, the prompt), `video`, `conditions`, ready for
+        JSON.
 
     Raises:
         ConfigError, ValueError, TypeError, FileNotFoundError, OSError, ImportError: whatever is wrong with the
@@ -40,24 +41,27 @@ def answer_video(
     """
     from holimerge.config import load_config
     from holimerge.inputs import build_inputs
-    from holimerge.video import read_video
+    from holimerge.reading import read_pixels
 
     from .conditions import conditions
-    from .load import load, read_config, to_model
+    from .load import load, read_config, read_settings, to_model
     from .measure import measure_cases, spread, summary
     from .run import devices_of, patched, run_once
 
     loaded_config = load_config(config)
     if "://" not in video and not Path(video).exists():
         raise FileNotFoundError(f"{video}: no such video file or folder of images")
-    depth = read_config(model).text_config.num_hidden_layers
+    model_config = read_config(model)
+    depth = model_config.text_config.num_hidden_layers
     layer = None if loaded_config.inner is None else loaded_config.inner.resolve(depth)
+    settings = read_settings(model, model_config)
     say("reading the video")
     begin = time.perf_counter()
-    clip = read_video(video, frames=frames * loaded_config.more_frames, sampling=sampling, fps=fps, backend=backend)
+    count = frames * loaded_config.more_frames
+    clip, pixels = read_pixels(video, settings, frames=count, sampling=sampling, fps=fps, backend=backend)
     decode = (time.perf_counter() - begin) * 1000
     say("loading the model")
-    loaded = load(model, device_map=device_map, dtype=dtype, attn_implementation=attn_implementation)
+    loaded = load(model, device_map=device_map, dtype=dtype, attn_implementation=attn_implementation, settings=settings)
     begin = time.perf_counter()
     inputs = build_inputs(
         question,
@@ -66,6 +70,7 @@ def answer_video(
         tokenizer=loaded.tokenizer,
         settings=loaded.settings,
         chat_template=loaded.chat_template,
+        pixels=[pixels],
     )
     preprocess = (time.perf_counter() - begin) * 1000
     inputs = to_model(inputs, loaded.model)

@@ -59,12 +59,25 @@ def read_config(model_id_or_path: str | os.PathLike[str]) -> Any:
     return AutoConfig.from_pretrained(text)
 
 
+def read_settings(model_id_or_path: str | os.PathLike[str], config: Any) -> Any:
+    """The checkpoint's preprocessor settings, without its weights; raises what `load_preprocessor` raises."""
+    from holimerge.preprocess import load_preprocessor
+
+    return load_preprocessor(_source(model_id_or_path), config.model_type, config)
+
+
+def _source(model_id_or_path: str | os.PathLike[str]) -> str:
+    folder = Path(model_id_or_path).expanduser()
+    return str(folder) if folder.is_dir() else os.fspath(model_id_or_path)
+
+
 def load(
     model_id_or_path: str | os.PathLike[str],
     *,
     device_map: str | None = None,
     dtype: str = "auto",
     attn_implementation: str | None = None,
+    settings: Any = None,
 ) -> Loaded:
     """Load a checkpoint through the Auto classes.
 
@@ -73,6 +86,7 @@ def load(
         device_map: accelerate's, for instance "auto", "cuda:0", "cpu"; None is "auto" where there is a CUDA device.
         dtype: one of `DTYPES`; "auto" is the checkpoint's own.
         attn_implementation: "sdpa", "eager", "flash_attention_2", ...; None leaves transformers' choice.
+        settings: from `read_settings`, where they have been read already.
 
     Raises:
         ValueError: another dtype, or files that cannot be used.
@@ -82,14 +96,12 @@ def load(
     from transformers import AutoModelForImageTextToText, AutoTokenizer
 
     from holimerge.inputs import load_chat_template
-    from holimerge.preprocess import load_preprocessor
 
     if dtype not in DTYPES:
         raise ValueError(f"dtype: {dtype!r}; valid: {', '.join(DTYPES)}")
     config = read_config(model_id_or_path)
-    folder = Path(model_id_or_path).expanduser()
-    source = str(folder) if folder.is_dir() else os.fspath(model_id_or_path)
-    settings = load_preprocessor(source, config.model_type, config)
+    source = _source(model_id_or_path)
+    settings = settings or read_settings(model_id_or_path, config)
     template = load_chat_template(source)
     tokenizer = AutoTokenizer.from_pretrained(source)
     options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}

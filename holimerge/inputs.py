@@ -75,6 +75,7 @@ def build_inputs(
     chat_template: str | None = None,
     system: str | None = None,
     answer_prefix: str = "",
+    pixels: Sequence[Mapping[str, Tensor]] | None = None,
 ) -> dict[str, Tensor]:
     """Build the inputs of one question about one video, several, or none.
 
@@ -93,6 +94,7 @@ def build_inputs(
         chat_template: Jinja text, usually from `load_chat_template`.
         system: text of the system turn; None leaves it to the template.
         answer_prefix: words the answer begins with, for instance "Best Option: ("; tokenised together with the prompt.
+        pixels: of each video, from `holimerge.reading.read_pixels`; None preprocesses the frames here.
 
     Returns:
         int64 input_ids and attention_mask `[1, L]`; with videos also pixel_values_videos, float32: LLaVA
@@ -104,7 +106,7 @@ def build_inputs(
         TypeError: `video` is not made of `Video`s.
         ValueError: another model family; settings, tokenizer or template that do not fit the model; a template that
             shows no system turn; a placeholder token inside the question, the system text or the prefix;
-            LLaVA videos of unequal length.
+            LLaVA videos of unequal length; pixels of another number of videos.
     """
     family = config.model_type
     if family not in FAMILIES or settings.model_type != family:
@@ -117,7 +119,10 @@ def build_inputs(
         raise TypeError("video must be a Video from holimerge.video.read_video, or a list of them")
     _check_sizes(config, settings)
     ids = _prompt_ids(question, len(videos), config, tokenizer, chat_template, system, answer_prefix)
-    pixels = [settings.pixels(v.frames) for v in videos]
+    if pixels is None:
+        pixels = [settings.pixels(v.frames) for v in videos]
+    elif len(pixels) != len(videos):
+        raise ValueError(f"pixels: of {len(pixels)} videos, but there are {len(videos)} videos")
     if family in LLAVA:
         if len({p["pixel_values_videos"].shape for p in pixels}) > 1:
             counts = ", ".join(str(len(v.frames)) for v in videos)

@@ -79,8 +79,39 @@ class Settings:
         if len(self.size) != 2 or any(not isinstance(n, int) or n < 1 for n in (*whole, self.merge_size)):
             raise ValueError(f"{where}: sizes must be whole numbers of at least 1: {self}")
 
-    def pixels(self, frames: np.ndarray | Tensor) -> dict[str, Tensor]:
-        """Preprocess one video, uint8 `[T, H, W, 3]`, to the tensors its model takes (batch of one)."""
+    def frame_size(self, frames: int, height: int, width: int) -> tuple[int, int]:
+        """(height, width) to which every frame of a video of so many frames is resized."""
+        if self.model_type in LLAVA:
+            return self.size
+        return _qwen_size(
+            frames,
+            height,
+            width,
+            patch_size=self.patch_size,
+            temporal_patch_size=self.temporal_patch_size,
+            merge_size=self.merge_size,
+            min_pixels=self.min_pixels,
+            max_pixels=self.max_pixels,
+            max_video_tokens=self.max_video_tokens if self.cap_pixels_per_frame else None,
+        )
+
+    def fit(self, picture: np.ndarray, frames: int) -> np.ndarray:
+        """Resize one frame uint8 `[H, W, 3]` of a video of so many, so that `pixels` has nothing left to resize.
+
+        Its pixels are those that `pixels` makes of the full frames. A frame whose size would be changed once more by
+        `pixels` (bounds that exclude each other) stays as it is.
+        """
+        size = self.frame_size(frames, *picture.shape[:2])
+        if self.frame_size(frames, *size) != size:
+            return picture
+        planes = torch.from_numpy(np.ascontiguousarray(picture)[None]).permute(0, 3, 1, 2)
+        return _resized(planes.contiguous(), size, self.resample)[0].permute(1, 2, 0).contiguous().numpy()
+
+    def pixels(self, frames: np.ndarray | Tensor, *, total: int | None = None) -> dict[str, Tensor]:
+        """Preprocess one video, uint8 `[T, H, W, 3]`, to the tensors its model takes (batch of one).
+
+        total: the video's frames where these are a part of it.
+        """
         common: dict[str, Any] = {
             "resample": self.resample,
             "mean": self.mean,
@@ -97,6 +128,7 @@ class Settings:
             min_pixels=self.min_pixels,
             max_pixels=self.max_pixels,
             max_video_tokens=self.max_video_tokens if self.cap_pixels_per_frame else None,
+            total=total,
             **common,
         )
         return {"pixel_values_videos": values, "video_grid_thw": grid}
@@ -256,6 +288,7 @@ def qwen2_vl_pixels(
     std: Sequence[float] = _CLIP_STD,
     rescale: float = 1 / 255,
     max_video_tokens: int | None = None,
+    total: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Resize to whole merge windows (`smart_resize`), normalise, and cut into space-time patches.
 
@@ -268,6 +301,7 @@ def qwen2_vl_pixels(
         patch_size, temporal_patch_size, merge_size, min_pixels, max_pixels, resample, mean, std, rescale: as in
             `Settings`.
         max_video_tokens: None, or the token number of `Settings.cap_pixels_per_frame`.
+        total: the video's frames where these are a part of it.
 
     Returns:
         pixel_values_videos float32 `[t h w, 3 temporal_patch_size patch_size^2]`, and video_grid_thw int64 `[1, 3]`
@@ -278,11 +312,17 @@ def qwen2_vl_pixels(
     """
     planes = _planes(frames)
     T, _, height, width = planes.shape
-    factor = patch_size * merge_size
-    if max_video_tokens is not None:
-        total = int(max_video_tokens * factor * factor * 0.9)
-        max_pixels = max(min(max_pixels, total * temporal_patch_size // T), int(min_pixels * 1.05))
-    height, width = smart_resize(height, width, factor=factor, min_pixels=min_pixels, max_pixels=max_pixels)
+    height, width = _qwen_size(
+        total or T,
+        height,
+        width,
+        patch_size=patch_size,
+        temporal_patch_size=temporal_patch_size,
+        merge_size=merge_size,
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
+        max_video_tokens=max_video_tokens,
+    )
     planes = _normalised(_resized(planes, (height, width), resample), mean, std, rescale)
     if missing := -T % temporal_patch_size:
         planes = torch.cat((planes, planes[-1:].expand(missing, -1, -1, -1)))
@@ -293,6 +333,26 @@ def qwen2_vl_pixels(
     #            time, window row, window column, row in it, column in it, colour, frame in patch, pixel row, column
     patches = cut.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(t * h * w, 3 * temporal_patch_size * p * p)
     return patches, torch.tensor([[t, h, w]], dtype=torch.int64)
+
+
+def _qwen_size(
+    frames: int,
+    height: int,
+    width: int,
+    *,
+    patch_size: int,
+    temporal_patch_size: int,
+    merge_size: int,
+    min_pixels: int,
+    max_pixels: int,
+    max_video_tokens: int | None,
+) -> tuple[int, int]:
+    """Height and width of a resized frame of a video of so many frames."""
+    factor = patch_size * merge_size
+    if max_video_tokens is not None:
+        area = int(max_video_tokens * factor * factor * 0.9)
+        max_pixels = max(min(max_pixels, area * temporal_patch_size // frames), int(min_pixels * 1.05))
+    return smart_resize(height, width, factor=factor, min_pixels=min_pixels, max_pixels=max_pixels)
 
 
 def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:

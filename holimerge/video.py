@@ -18,20 +18,23 @@ A part holds the frames shown first at `start <= t < end` seconds; a part betwee
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .video_backends import OTHER_BACKENDS
+from .video_pictures import scaled, stacked
 from .video_pyav import FrameTable, TableMismatchError, VideoFile
 from .video_write import synthetic_clip, write_video
 
-__all__ = ["BACKENDS", "SAMPLINGS", "Video", "read_video", "sample_indices", "synthetic_clip", "write_video"]
+__all__ = ["BACKENDS", "SAMPLINGS", "Taker", "Video", "read_video", "sample_indices", "synthetic_clip", "write_video"]
 
 BACKENDS = ("auto", "pyav", "torchcodec", "decord")
 SAMPLINGS = ("uniform", "left", "midpoint", "fps")
@@ -64,6 +67,25 @@ class Video:
     indices: np.ndarray | None = None
 
 
+class Taker:
+    """What happens to frames while they are read; this one keeps them as they are."""
+
+    def start(self, count: int) -> None:
+        """A reading of `count` frames begins: once, and once more where a file's packets turn out not to be frames."""
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """The (height, width) to which frames of this size are scaled while decoding."""
+        return height, width
+
+    def fit(self, picture: np.ndarray) -> np.ndarray:
+        """Change one frame, uint8 `[H, W, 3]`; called in the thread that decoded it, in any order."""
+        return picture
+
+    def take(self, pictures: Iterator[np.ndarray], count: int) -> np.ndarray:
+        """Take all `count` frames in order, while later ones are being decoded; returns uint8 `[T, H, W, 3]`."""
+        return stacked(pictures, count)
+
+
 def read_video(
     source: Any,
     *,
@@ -77,6 +99,8 @@ def read_video(
     source_fps: float | None = None,
     start: float | None = None,
     end: float | None = None,
+    threads: int | None = None,
+    taker: Taker | None = None,
 ) -> Video:
     """Read sampled frames of a video file, a folder of images, an array, or a list of images.
 
@@ -94,6 +118,9 @@ def read_video(
         source_fps: frame rate of a folder or of frames in memory, which have no clock of their own.
         start, end: seconds since the first frame; only the part between them is read. An end after the last frame is
             the last frame.
+        threads: that decode a file ahead, each its own groups of pictures; 1 decodes in this thread, None is one a
+            core, 8 at most. The frames are the same ones.
+        taker: told of the frames as they come (see `holimerge.reading`); None keeps them as they are.
 
     Returns:
         the frames with their times.
@@ -105,7 +132,7 @@ def read_video(
             video stream, wrong shape or dtype, an argument outside its choices, or a start after the end.
         TypeError: a source of another kind.
     """
-    _check_choices(frames, sampling, fps, min_frames, max_frames, backend, size, source_fps)
+    _check_choices(frames, sampling, fps, min_frames, max_frames, backend, size, source_fps, threads)
     _check_part(start, end)
     rule = (frames, sampling, fps, min_frames, max_frames, start, end)
     if isinstance(source, str | os.PathLike):
@@ -117,13 +144,13 @@ def read_video(
         if not os.path.isdir(path):
             if source_fps is not None:
                 raise ValueError("source_fps is for folders and frames in memory; a video file has its own clock")
-            return _read_file(path, rule, backend, size)
-        return _read_images(_image_paths(path), rule, size, source_fps, path)
+            return _read_file(path, rule, backend, size, threads, taker)
+        return _read_images(_image_paths(path), rule, size, source_fps, path, taker)
     if isinstance(source, list | tuple):
         if not source:
             raise ValueError("the list of images is empty: zero frames")
-        return _read_images(source, rule, size, source_fps, "images")
-    return _read_array(source, rule, size, source_fps)
+        return _read_images(source, rule, size, source_fps, "images", taker)
+    return _read_array(source, rule, size, source_fps, taker)
 
 
 def sample_indices(
@@ -176,12 +203,14 @@ def _check_choices(
     backend: str,
     size: tuple[int, int] | None,
     source_fps: float | None,
+    threads: int | None,
 ) -> None:
     if sampling not in SAMPLINGS:
         raise ValueError(f"unknown sampling {sampling!r}; choose one of {', '.join(SAMPLINGS)}")
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
-    for name, number in (("frames", frames), ("min_frames", min_frames), ("max_frames", max_frames)):
+    numbers = [("frames", frames), ("min_frames", min_frames), ("max_frames", max_frames)]
+    for name, number in numbers if threads is None else [*numbers, ("threads", threads)]:
         if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, got {number!r}")
     if min_frames > max_frames:
@@ -236,8 +265,15 @@ def _choose(table: FrameTable | int, rule: tuple[Any, ...]) -> tuple[np.ndarray,
     return first + chosen, part
 
 
-def _read_file(path: str, rule: tuple[Any, ...], backend: str, size: tuple[int, int] | None) -> Video:
-    other = None if backend in ("auto", "pyav") else _OTHER_BACKENDS[backend](path)
+def _read_file(
+    path: str,
+    rule: tuple[Any, ...],
+    backend: str,
+    size: tuple[int, int] | None,
+    threads: int | None,
+    taker: Taker | None,
+) -> Video:
+    other = None if backend in ("auto", "pyav") else OTHER_BACKENDS[backend](path)
     with VideoFile(path) as file:
         table = file.table()
         indices, part = _choose(table, rule)
@@ -248,57 +284,40 @@ def _read_file(path: str, rule: tuple[Any, ...], backend: str, size: tuple[int, 
                 raise ValueError(
                     f"{path}: decord gives wrong frames of open GOPs and old containers; read it with backend='pyav'"
                 )
-            pictures = other(indices, len(table.pts), size)
+            pictures = _taken(other(indices, len(table.pts), size), taker)
         else:
             try:
-                pictures = file.decode(table, indices, size)
+                pictures = _decoded(file, table, indices, size, threads, taker)
             except TableMismatchError:  # the packets are not the frames: count them
                 table = file.count()
                 indices, part = _choose(table, rule)
-                pictures = file.decode(table, indices, size)
+                pictures = _decoded(file, table, indices, size, threads, taker)
     assert not isinstance(part, int)
     return Video(pictures, table.seconds[indices], part.fps, part.duration, len(part.pts), path, indices)
 
 
-def _torchcodec(path: str) -> Any:
-    """torchcodec behind the same call. Untested: its wheels do not load beside the CPU build of torch used here."""
-    try:
-        from torchcodec.decoders import VideoDecoder
-    except (ImportError, OSError, RuntimeError) as error:
-        raise ImportError(
-            f"backend='torchcodec' cannot be loaded ({str(error).splitlines()[0]}): pip install torchcodec "
-            "(its version must match torch, and FFmpeg's libraries must be installed), or use backend='pyav'"
-        ) from error
-
-    def decode(indices: np.ndarray, total: int, size: tuple[int, int] | None) -> np.ndarray:
-        decoder = VideoDecoder(path, seek_mode="exact", dimension_order="NHWC")
-        _same_count(path, "torchcodec", len(decoder), total)
-        return _scaled(decoder.get_frames_at(indices=indices.tolist()).data.cpu().numpy(), size)
-
-    return decode
+def _decoded(
+    file: VideoFile,
+    table: FrameTable,
+    indices: np.ndarray,
+    size: tuple[int, int] | None,
+    threads: int | None,
+    taker: Taker | None,
+) -> np.ndarray:
+    taker = taker or Taker()
+    taker.start(len(indices))
+    found = file.pictures(table, indices, size or taker.size, threads=threads, fit=taker.fit)
+    with contextlib.closing(found):  # an error must not leave threads behind
+        return taker.take(found, len(indices))
 
 
-def _decord(path: str) -> Any:
-    """decord or decord2 (both import as `decord`) behind the same call."""
-    try:
-        import decord
-    except (ImportError, OSError) as error:
-        raise ImportError("backend='decord' is not installed: pip install decord2, or use backend='pyav'") from error
-
-    def decode(indices: np.ndarray, total: int, size: tuple[int, int] | None) -> np.ndarray:
-        reader = decord.VideoReader(path)  # its own resizing fails for some widths (decord2 3.4)
-        _same_count(path, "decord", len(reader), total)
-        return _scaled(reader.get_batch(indices.tolist()).asnumpy(), size)
-
-    return decode
-
-
-_OTHER_BACKENDS = {"torchcodec": _torchcodec, "decord": _decord}
-
-
-def _same_count(path: str, backend: str, found: int, total: int) -> None:
-    if found != total:
-        raise ValueError(f"{path}: {backend} sees {found} frames where there are {total}; use backend='pyav'")
+def _taken(pictures: np.ndarray, taker: Taker | None) -> np.ndarray:
+    """Frames that are all there already."""
+    if taker is None:
+        return pictures
+    taker.start(len(pictures))
+    wanted = taker.size(*pictures.shape[1:3])
+    return taker.take((taker.fit(picture) for picture in scaled(pictures, wanted)), len(pictures))
 
 
 def _image_paths(folder: str) -> list[Path]:
@@ -314,7 +333,12 @@ def _parts(name: str) -> list[str]:
 
 
 def _read_images(
-    images: Sequence[Any], rule: tuple[Any, ...], size: tuple[int, int] | None, source_fps: float | None, source: str
+    images: Sequence[Any],
+    rule: tuple[Any, ...],
+    size: tuple[int, int] | None,
+    source_fps: float | None,
+    source: str,
+    taker: Taker | None,
 ) -> Video:
     clock = _steady_clock(len(images), source_fps)
     indices, part = _choose(clock or len(images), rule)
@@ -322,7 +346,7 @@ def _read_images(
     sizes = {p.shape for p in pictures}
     if len(sizes) > 1:
         raise ValueError(f"{source}: images of different sizes {sorted(s[:2] for s in sizes)}; give size=(h, w)")
-    return _clocked(np.stack(pictures), indices, clock, part, source)
+    return _clocked(_taken(np.stack(pictures), taker), indices, clock, part, source)
 
 
 def _one_image(image: Any, size: tuple[int, int] | None) -> np.ndarray:
@@ -341,7 +365,7 @@ def _one_image(image: Any, size: tuple[int, int] | None) -> np.ndarray:
         picture = np.array(image.convert("RGB"))
     else:
         picture = _uint8(image, 3)
-    return _scaled(picture[None], size)[0]
+    return scaled(picture[None], size)[0]
 
 
 def _uint8(values: Any, dimensions: int) -> np.ndarray:
@@ -361,13 +385,19 @@ def _uint8(values: Any, dimensions: int) -> np.ndarray:
     return values
 
 
-def _read_array(values: Any, rule: tuple[Any, ...], size: tuple[int, int] | None, source_fps: float | None) -> Video:
+def _read_array(
+    values: Any,
+    rule: tuple[Any, ...],
+    size: tuple[int, int] | None,
+    source_fps: float | None,
+    taker: Taker | None,
+) -> Video:
     array = _uint8(values, 4)
     if not len(array):
         raise ValueError("the array holds zero frames")
     clock = _steady_clock(len(array), source_fps)
     indices, part = _choose(clock or len(array), rule)
-    return _clocked(_scaled(array[indices], size), indices, clock, part, "array")
+    return _clocked(_taken(scaled(array[indices], size), taker), indices, clock, part, "array")
 
 
 def _steady_clock(total: int, rate: float | None) -> FrameTable | None:
@@ -384,13 +414,3 @@ def _clocked(
         total = part if isinstance(part, int) else len(part.pts)
         return Video(frames, np.full(len(indices), np.nan), None, None, total, source, indices)
     return Video(frames, clock.seconds[indices], part.fps, part.duration, len(part.pts), source, indices)
-
-
-def _scaled(frames: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
-    """Scale uint8 `[T, H, W, 3]` to (height, width), bilinear with the filter widened when shrinking."""
-    if size is None or frames.shape[1:3] == tuple(size):
-        return frames
-    from PIL import Image
-
-    to = (int(size[1]), int(size[0]))
-    return np.stack([np.asarray(Image.fromarray(f).resize(to, Image.Resampling.BILINEAR)) for f in frames])

@@ -1,28 +1,42 @@
 """Exact frames from a video file with PyAV: a table of every frame's time stamp, then seeks to the frames asked for.
 
-How a frame is found. The packets are read once without decoding (`FrameTable`), which gives the number of frames and
-every presentation time, also for files of variable frame rate and for containers that do not store a frame count.
-For each wanted frame the reader goes back to the last key frame shown at or before it, unless decoding has already
-passed that key frame, and decodes until the frame with exactly that time stamp comes out. Where the packets cannot be
-trusted to be frames (old containers, pictures that a decoder drops after a seek), all frames are decoded and counted
-instead: slower, never a neighbouring frame in place of the right one.
+How a frame is found. The header of a plain mp4, or else the packets, read once without decoding, give the number of
+frames and every presentation time (`FrameTable`), also for files of variable frame rate and for containers that do not
+store a frame count. For each wanted frame the reader goes back to the last key frame shown at or before it, unless
+decoding has already passed that key frame, and decodes until the frame with exactly that time stamp comes out. Where
+the packets cannot be trusted to be frames (old containers, pictures that a decoder drops after a seek), all frames are
+decoded and counted instead: slower, never a neighbouring frame in place of the right one.
+
+What makes it fast: each group of pictures has its own thread and decoder, ahead of the one that takes the frames; and
+pictures that no other picture needs (H.264's and HEVC's non-reference ones) are not decoded unless they are wanted; and
+the decoder is emptied after the last wanted picture of a group, where it would else hold it back for later ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
+from .video_ahead import MOST_THREADS, in_order, usable_cores
 from .video_container import ends_early
+from .video_mp4 import header_times
+from .video_pictures import display_turn, stacked, upright
 
 # One packet is one shown frame with a presentation time here; elsewhere frames are counted by decoding.
 _INDEXED_CONTAINERS = {"mov", "mp4", "matroska", "webm"}
 _INDEXED_CODECS = {"h264", "hevc", "vvc", "av1", "vp9", "mjpeg", "prores", "dnxhd", "ffv1", "png", "rawvideo"}
+_SKIPPING_CODECS = {"h264", "hevc"}  # decoders that can leave out pictures that no other one needs
 _INDEXED_CODECS |= {"libdav1d", "libaom-av1", "libvpx-vp9"}  # FFmpeg names decoders, not formats
+
+
+Size = tuple[int, int] | Callable[[int, int], tuple[int, int]] | None
 
 
 def import_av() -> ModuleType:
@@ -66,13 +80,16 @@ class VideoFile:
 
     Args:
         path: the file.
+        threads: of the decoder; None leaves them to FFmpeg.
+        stop: once set, decoding ends at the next packet.
 
     Raises:
         ValueError: not a video, no video stream, or a file that ends too early.
     """
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    def __init__(self, path: str, *, threads: int | None = None, stop: threading.Event | None = None) -> None:
+        self.path, self._threads, self._stop = path, threads, stop or threading.Event()
+        self._wanted: frozenset[int] = frozenset()  # time stamps that must not be left out
         self._av = import_av()
         self._open()
 
@@ -112,6 +129,8 @@ class VideoFile:
         if stream.codec_context is None:
             raise ValueError(f"{self.path}: FFmpeg has no decoder for its video codec; convert it to H.264")
         stream.thread_type = "AUTO"
+        if self._threads is not None:
+            stream.codec_context.thread_count = self._threads
         return stream
 
     def table(self) -> FrameTable:
@@ -125,6 +144,26 @@ class VideoFile:
             return self.count()
         if stream.codec_context.codec.name not in _INDEXED_CODECS:
             return self.count()
+        return self._from_header() or self._from_packets()
+
+    def _from_header(self) -> FrameTable | None:
+        """The table of a complete mp4 with a plain header."""
+        if "mp4" not in self._container.format.name.split(",") or ends_early(self.path):
+            return None
+        found = header_times(self.path, self._stream.id)
+        if found is None:
+            return None
+        order = np.argsort(found.pts, kind="stable")
+        pts = found.pts[order]
+        if np.any(np.diff(pts) == 0):
+            return None
+        last_key = np.maximum.accumulate(np.where(found.keys, np.arange(len(pts)), 0))
+        closed = bool(np.all(found.pts >= found.pts[last_key]))
+        keys = np.sort(found.pts[found.keys])
+        return self._table(pts, keys, int(found.durations[order[-1]]), counted=False, closed=closed)
+
+    def _from_packets(self) -> FrameTable:
+        container, stream = self._container, self._stream
         pts: list[int | None] = []
         keys, last, last_duration, broken = [], None, 0, ""
         complete, closed, key = 0, True, None
@@ -205,45 +244,79 @@ class VideoFile:
     def turned(self, table: FrameTable) -> bool:
         """Does the file ask for its picture to be turned or mirrored when shown?"""
         frames = self._sequence() if table.counted else self._from(table, 0, int(table.pts[0]))
-        return any(_display_turn(next(frames)))
+        return any(display_turn(next(frames)))
 
-    def decode(self, table: FrameTable, indices: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
+    def decode(self, table: FrameTable, indices: np.ndarray, size: Size) -> np.ndarray:
+        """`pictures` as one array, uint8 `[T, H, W, 3]`."""
+        return stacked(self.pictures(table, indices, size), len(indices))
+
+    def pictures(
+        self,
+        table: FrameTable,
+        indices: np.ndarray,
+        size: Size,
+        *,
+        threads: int | None = None,
+        fit: Callable[[np.ndarray], np.ndarray] | None = None,
+    ) -> Generator[np.ndarray]:
         """Decode the frames with these numbers.
 
         Args:
             table: from `table()` or `count()`.
             indices: int64 `[T]` frame numbers, strictly increasing.
-            size: (height, width) of the upright result; None keeps the file's.
+            size: (height, width) of the upright result, or a function that makes it of the file's; None keeps those.
+            threads: that decode groups of pictures ahead of the one who takes the frames; 1 decodes in the caller's
+                thread; None is one a core, `MOST_THREADS` at most.
+            fit: applied to each picture, in the thread that decoded it.
 
-        Returns:
-            uint8 `[T, H, W, 3]` RGB, turned upright as the file's display matrix says (right angles and mirrors).
+        Yields:
+            in order, uint8 `[H, W, 3]` RGB, turned upright as the file's display matrix says (right angles, mirrors).
 
         Raises:
             TableMismatchError: a frame of a table that was not counted did not come out.
             ValueError: decoding failed.
         """
-        found = self._counted(indices) if table.counted else self._sought(table, indices)
+        groups = _groups(table, indices)
+        given = min(MOST_THREADS, usable_cores()) if threads is None else threads
+        if given == 1:
+            for group in groups:
+                yield from (picture for _, picture in self._converted(table, group, size, fit))
+            return
+        count = min(given, len(groups))
+        each = max(1, given // count)
+
+        @contextmanager
+        def reader(stop: threading.Event) -> Iterator[Any]:
+            with VideoFile(self.path, threads=each, stop=stop) as file:
+                yield lambda group: file._converted(table, group, size, fit)
+
+        yield from in_order(groups, reader, threads=count, window=4 * given)
+
+    def _converted(
+        self, table: FrameTable, group: Sequence[tuple[int, int]], size: Size, fit: Any
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """(slot, upright picture) for each (slot, frame number)."""
         from av.video.reformatter import VideoReformatter
 
-        reformatter, result = VideoReformatter(), None
-        turn, width, height = (False, False, False), 0, 0
-        for slot, frame in found:
-            if result is None:
-                turn = _display_turn(frame)
-                height, width = size or ((frame.width, frame.height) if turn[0] else (frame.height, frame.width))
-                result = np.empty((len(indices), height, width, 3), dtype=np.uint8)
+        reformatter, turn = VideoReformatter(), None
+        for slot, frame in self._counted(group) if table.counted else self.sought(table, group):
+            if turn is None:
+                turn = display_turn(frame)
+                height, width = (frame.width, frame.height) if turn[0] else (frame.height, frame.width)
+                if size is not None:
+                    height, width = size(height, width) if callable(size) else size
                 if turn[0]:
                     width, height = height, width
-            picture = reformatter.reformat(frame, width, height, "rgb24").to_ndarray()
-            result[slot] = _upright(picture, turn)
-        assert result is not None
-        return result
+            picture = upright(reformatter.reformat(frame, width, height, "rgb24").to_ndarray(), turn)
+            yield slot, picture if fit is None else fit(picture)
 
-    def _sought(self, table: FrameTable, indices: np.ndarray) -> Iterator[tuple[int, Any]]:
-        """Yield (slot, frame) for each index, by seeking to key frames."""
+    def sought(self, table: FrameTable, group: Sequence[tuple[int, int]]) -> Iterator[tuple[int, Any]]:
+        """Yield (slot, frame) for each (slot, frame number), by seeking to key frames."""
         frames: Iterator[Any] = iter(())
         at = None  # time stamp of the last frame that the decoder gave
-        for slot, target in enumerate(table.pts[indices].tolist()):
+        targets = [int(table.pts[number]) for _, number in group]
+        self._wanted = frozenset(targets)
+        for (slot, _), target in zip(group, targets, strict=True):
             place = int(np.searchsorted(table.keys, target, side="right")) - 1
             anchor = int(table.keys[place]) if place >= 0 else int(table.pts[0])
             if at is None or anchor > at:
@@ -277,10 +350,22 @@ class VideoFile:
         return self._decoded(first, packets)
 
     def _decoded(self, first: Any, packets: Iterator[Any]) -> Iterator[Any]:
+        context = self._stream.codec_context
+        skips = context.codec.name in _SKIPPING_CODECS
+        missing = set(self._wanted)
         try:
-            yield from first.decode()
-            for packet in packets:
+            for packet in itertools.chain((first,), packets):
+                if self._stop.is_set():
+                    return
+                if skips:
+                    needed = packet.pts is None or packet.pts in self._wanted
+                    context.skip_frame = "DEFAULT" if needed else "NONREF"
                 yield from packet.decode()
+                if packet.pts in missing:
+                    missing.remove(packet.pts)
+                    if not missing:  # all that is wanted is in the decoder: have it out, without decoding on
+                        yield from context.decode(None)
+                        return
         except self._av.FFmpegError as error:
             raise TableMismatchError from error
 
@@ -301,37 +386,26 @@ class VideoFile:
                 "copy or download it again"
             ) from error
 
-    def _counted(self, indices: np.ndarray) -> Iterator[tuple[int, Any]]:
-        """Yield (slot, frame) for each index, by decoding from the start."""
-        slots = {int(index): slot for slot, index in enumerate(indices)}
-        last = int(indices[-1])
+    def _counted(self, group: Sequence[tuple[int, int]]) -> Iterator[tuple[int, Any]]:
+        """Yield (slot, frame) for each (slot, frame number), by decoding from the start."""
+        slots = {number: slot for slot, number in group}
         for number, frame in enumerate(self._sequence()):
             if number in slots:
                 yield slots[number], frame
-            if number == last:
+            if number == group[-1][1] or self._stop.is_set():
                 return
+
+
+def _groups(table: FrameTable, indices: np.ndarray) -> list[list[tuple[int, int]]]:
+    """(slot, frame number) of the wanted frames, those after one key frame together."""
+    places = np.searchsorted(table.keys, table.pts[indices], side="right") * (not table.counted)
+    groups: dict[int, list[tuple[int, int]]] = {}
+    for slot, (number, place) in enumerate(zip(indices.tolist(), places.tolist(), strict=True)):
+        groups.setdefault(place, []).append((slot, number))
+    return list(groups.values())
 
 
 def _is_cover(stream: Any) -> bool:
     """A still cover picture of an audio file is no video."""
     disposition = getattr(stream, "disposition", 0)
     return bool(getattr(disposition, "value", disposition) & 0x0400)  # AV_DISPOSITION_ATTACHED_PIC
-
-
-def _display_turn(frame: Any) -> tuple[bool, bool, bool]:
-    """Read the display matrix as (transpose, flip rows, flip columns), applied in this order; nearest right angle."""
-    side_data = frame.side_data.get("DISPLAYMATRIX")
-    if side_data is None:
-        return False, False, False
-    a, b, _, c, d = (int(v) for v in np.frombuffer(side_data, dtype=np.int32)[:5])
-    # A picture point (x, y) is shown at (a x + c y, b x + d y), up to a shift.
-    if abs(a) + abs(d) >= abs(b) + abs(c):
-        return False, d < 0, a < 0
-    return True, b < 0, c < 0
-
-
-def _upright(picture: np.ndarray, turn: tuple[bool, bool, bool]) -> np.ndarray:
-    transpose, flip_rows, flip_columns = turn
-    if transpose:
-        picture = picture.transpose(1, 0, 2)
-    return picture[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1]

@@ -1,0 +1,128 @@
+"""A video's frames to a model's pixels, read and preprocessed at once.
+
+`read_pixels` gives, bit for bit, what `settings.pixels(read_video(source).frames)` gives. Threads decode ahead and
+resize each frame as soon as it is there, so that no full-size frames are kept; meanwhile this thread normalises the
+finished ones in chunks. With a CUDA device the uint8 frames cross over from pinned memory without waiting, and the
+device normalises. Untested: CUDA. There was no GPU where this was written.
+
+The vision tower does not start before the last frame is there: transformers' models take all pixels as one tensor, so a
+tower fed in pieces would need their forward written anew.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .preprocess import LLAVA, Settings
+from .video import Taker, Video, read_video
+
+RESIZES = ("exact", "decoder")
+
+
+def read_pixels(
+    source: Any,
+    settings: Settings,
+    *,
+    resize: str = "exact",
+    chunk: int = 8,
+    device: torch.device | str = "cpu",
+    threads: int | None = None,
+    **rule: Any,
+) -> tuple[Video, dict[str, Tensor]]:
+    """Read a video and preprocess it, both at once.
+
+    Args:
+        source: as in `read_video`.
+        settings: from `preprocess.load_preprocessor`.
+        resize: "exact" resizes full frames as the checkpoint's own processor does. "decoder" lets the decoder's colour
+            conversion do it: other pixels (`python -m holimerge.eval.bench_reading` says by how much), less work.
+        chunk: frames normalised at a time; the result does not depend on it.
+        device: where the pixels are wanted.
+        threads, **rule: as in `read_video` (frames, sampling, fps, start, ...; not size, which `settings` decide).
+
+    Returns:
+        the video, whose frames have the model's size already (`settings.pixels` leaves them so), and the pixels as
+        `Settings.pixels` gives them, on `device`.
+
+    Raises:
+        ValueError: a wrong resize or chunk; and everything that `read_video` raises.
+    """
+    if resize not in RESIZES:
+        raise ValueError(f"resize: {resize!r}; valid: {', '.join(RESIZES)}")
+    if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
+        raise ValueError(f"chunk: {chunk!r}; at least 1 frame is needed")
+    if "size" in rule or "taker" in rule:
+        raise ValueError("size: the preprocessor settings decide it here; read_video takes a size of your own")
+    made = _Pixels(settings, resize == "decoder", chunk, torch.device(device))
+    video = read_video(source, threads=threads, taker=made, **rule)
+    return video, made.inputs()
+
+
+class _Pixels(Taker):
+    """Preprocesses frames as they come."""
+
+    def __init__(self, settings: Settings, by_decoder: bool, chunk: int, device: torch.device) -> None:
+        self._settings, self._by_decoder, self._device = settings, by_decoder, device
+        step = 1 if settings.model_type in LLAVA else settings.temporal_patch_size
+        self._chunk = -(-chunk // step) * step  # frames of one patch stay together
+
+    def start(self, count: int) -> None:
+        self._count, self._at = count, 0
+        self._values: Tensor | None = None
+        self._grid: Tensor | None = None
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        return self._settings.frame_size(self._count, height, width) if self._by_decoder else (height, width)
+
+    def fit(self, picture: np.ndarray) -> np.ndarray:
+        return self._settings.fit(picture, self._count)
+
+    def take(self, pictures: Iterator[np.ndarray], count: int) -> np.ndarray:
+        frames: np.ndarray | None = None
+        for begin in range(0, count, self._chunk):
+            for slot, picture in enumerate(itertools.islice(pictures, self._chunk), start=begin):
+                if frames is None:
+                    frames = np.empty((count, *picture.shape), dtype=np.uint8)
+                frames[slot] = picture
+            assert frames is not None
+            self._add(frames[begin : begin + self._chunk])
+        assert frames is not None
+        return frames
+
+    def _add(self, frames: np.ndarray) -> None:
+        """Normalise the next frames, on the device where nothing is left to resize there."""
+        values = torch.from_numpy(frames)
+        fitted = self._settings.frame_size(self._count, *frames.shape[1:3]) == frames.shape[1:3]
+        if fitted and self._device.type == "cuda":
+            values = values.pin_memory().to(self._device, non_blocking=True)
+        made = self._settings.pixels(values, total=self._count)
+        part, grid = made["pixel_values_videos"], made.get("video_grid_thw")
+        across = 1 if grid is None else 0  # frames lie along this dimension
+        if self._values is None:
+            shape = list(part.shape)
+            shape[across] = shape[across] // len(frames) * self._count if grid is None else self._rows(grid)
+            self._values = torch.empty(shape, dtype=part.dtype, device=self._device)
+            self._grid = None if grid is None else torch.zeros_like(grid)
+        self._values.narrow(across, self._at, part.shape[across]).copy_(part)
+        self._at += part.shape[across]
+        if grid is not None and self._grid is not None:
+            self._grid[0, 0] += grid[0, 0]
+            self._grid[0, 1:] = grid[0, 1:]
+
+    def _rows(self, grid: Tensor) -> int:
+        steps = -(-self._count // self._settings.temporal_patch_size)
+        return steps * int(grid[0, 1] * grid[0, 2])
+
+    def inputs(self) -> dict[str, Tensor]:
+        """The pixels, as `Settings.pixels` gives them."""
+        assert self._values is not None
+        found = {"pixel_values_videos": self._values}
+        if self._grid is not None:
+            found["video_grid_thw"] = self._grid
+        return found
