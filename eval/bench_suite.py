@@ -46,6 +46,9 @@ def benches(gpu: bool) -> list[Bench]:
     from .bench_decode import bench_decode
     from .bench_growth import bench_growth
     from .bench_more_frames import bench_more_frames
+    from .bench_planner import SHAPES, bench_shape
+    from .bench_reading import GOPS
+    from .bench_reading import run as bench_reading
     from .bench_reduction import CASES, SIDE, WIDTH, bench_case
 
     presets = ("holitom-10", "holimerge-10", "holimerge-25")
@@ -68,6 +71,16 @@ def benches(gpu: bool) -> list[Bench]:
             for frames in CASES
         ]
         found.append(Bench("more-frames-synthetic", lambda say: bench_more_frames(say=say)))
+        found += [
+            Bench(
+                f"reading-{name}-gop", lambda say, name=name: bench_reading(None, gops={name: GOPS[name]}, say=say)[0]
+            )  # type: ignore[misc]
+            for name in GOPS
+        ]
+        found += [
+            Bench(f"planner-{name}", lambda say, name=name: bench_shape(SHAPES[name], say=say))  # type: ignore[misc]
+            for name in SHAPES
+        ]
     found.append(Bench(f"growth-{SIDE * SIDE}x{WIDTH}", lambda say: bench_growth(say=say)))
     found.append(Bench(f"decode-{shapes[0]}", lambda say: bench_decode(shape=shapes[0], say=say)))
     return found
