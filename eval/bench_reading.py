@@ -276,6 +276,12 @@ def first_token(path: str, frames: int, repeats: int, say: Callable[..., None]) 
     return {name: {stage: spread(t[stage] for t in times) for stage in times[0]} for name, times in found.items()}
 
 
+def bench_gop(name: str, gop: int, **more: Any) -> dict[str, Any]:
+    """`bench_case` of a file of a moment with a key frame every `gop` frames."""
+    with tempfile.TemporaryDirectory() as folder:
+        return bench_case(Path(folder) / f"{name}.mp4", gop, **more)
+
+
 def run(
     output: str | Path | None,
     *,
@@ -287,8 +293,7 @@ def run(
     """Every kind of file; with `output`, one JSON each in that folder."""
     found = []
     for name, gop in (gops or GOPS).items():
-        with tempfile.TemporaryDirectory() as folder:
-            result = bench_case(Path(folder) / f"{name}.mp4", gop, repeats=repeats, say=say, **clip)
+        result = bench_gop(name, gop, repeats=repeats, say=say, **clip)
         found.append(result)
         if output is not None:
             Path(output).mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,10 +21,10 @@ Say = Callable[..., None]
 
 
 class Bench(NamedTuple):
-    """stem: of the result's file, to which the kind of device is added. run: measures."""
+    """stem: of the result's file, to which the kind of device is added. run: measures; takes `say`."""
 
     stem: str
-    run: Callable[[Say], dict[str, Any]]
+    run: Callable[..., dict[str, Any]]
 
 
 class Change(NamedTuple):
@@ -47,43 +48,22 @@ def benches(gpu: bool) -> list[Bench]:
     from .bench_growth import bench_growth
     from .bench_more_frames import bench_more_frames
     from .bench_planner import SHAPES, bench_shape
-    from .bench_reading import GOPS
-    from .bench_reading import run as bench_reading
+    from .bench_reading import GOPS, bench_gop
     from .bench_reduction import CASES, SIDE, WIDTH, bench_case
 
     presets = ("holitom-10", "holimerge-10", "holimerge-25")
     shapes = GPU_SHAPES if gpu else ("toy",)
-    found = [
-        Bench(f"model-{shape}", lambda say, shape=shape: bench_model(shape=shape, configs=presets, say=say))  # type: ignore[misc]
-        for shape in shapes
-    ]
-    more = ("holimerge-10", "more-frames-10" if gpu else "more-frames-4")
-    frames = 32 if gpu else 8
-    found.append(
-        Bench(
-            f"more-frames-{shapes[0]}",
-            lambda say: bench_model(shape=shapes[0], configs=more, frames=frames, new_tokens=0, say=say),
-        )
-    )
-    if not gpu:
-        found += [
-            Bench(f"reduction-{frames}x{SIDE * SIDE}x{WIDTH}", lambda say, frames=frames: bench_case(frames, say=say))  # type: ignore[misc]
-            for frames in CASES
-        ]
-        found.append(Bench("more-frames-synthetic", lambda say: bench_more_frames(say=say)))
-        found += [
-            Bench(
-                f"reading-{name}-gop", lambda say, name=name: bench_reading(None, gops={name: GOPS[name]}, say=say)[0]
-            )  # type: ignore[misc]
-            for name in GOPS
-        ]
-        found += [
-            Bench(f"planner-{name}", lambda say, name=name: bench_shape(SHAPES[name], say=say))  # type: ignore[misc]
-            for name in SHAPES
-        ]
-    found.append(Bench(f"growth-{SIDE * SIDE}x{WIDTH}", lambda say: bench_growth(say=say)))
-    found.append(Bench(f"decode-{shapes[0]}", lambda say: bench_decode(shape=shapes[0], say=say)))
-    return found
+    more = {"configs": ("holimerge-10", "more-frames-10" if gpu else "more-frames-4"), "frames": 32 if gpu else 8}
+    found = [Bench(f"model-{shape}", partial(bench_model, shape=shape, configs=presets)) for shape in shapes]
+    found.append(Bench(f"more-frames-{shapes[0]}", partial(bench_model, shape=shapes[0], new_tokens=0, **more)))
+    found.append(Bench(f"growth-{SIDE * SIDE}x{WIDTH}", bench_growth))
+    found.append(Bench(f"decode-{shapes[0]}", partial(bench_decode, shape=shapes[0])))
+    if gpu:
+        return found
+    found += [Bench(f"reduction-{frames}x{SIDE * SIDE}x{WIDTH}", partial(bench_case, frames)) for frames in CASES]
+    found.append(Bench("more-frames-synthetic", bench_more_frames))
+    found += [Bench(f"reading-{name}-gop", partial(bench_gop, name, gop)) for name, gop in GOPS.items()]
+    return found + [Bench(f"planner-{name}", partial(bench_shape, shape)) for name, shape in SHAPES.items()]
 
 
 def changes(stem: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
@@ -121,7 +101,7 @@ def run_suite(
     found = []
     for bench in chosen:
         say(bench.stem)
-        result = bench.run(say)
+        result = bench.run(say=say)
         path = output / f"{bench.stem}-{result['conditions']['device_type']}.json"
         if path.is_file():
             found += changes(path.stem, json.loads(path.read_text(encoding="utf-8")), result)
