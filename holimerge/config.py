@@ -13,7 +13,6 @@ from typing import Any, Literal
 import yaml
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     SerializeAsAny,
     ValidationError,
@@ -23,17 +22,10 @@ from pydantic import (
 )
 
 from .cost import inner_kept
+from .encoder.options import Encoder, Frames, Gate, Tokens
 from .registry import list_methods, list_presets, method_module, nearest, preset_text
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the key's path, the value and what is valid."""
-
-
-class Section(BaseModel):
-    """A block of the configuration: unknown keys and loose types are errors, instances are immutable."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+from .section import ConfigError as ConfigError
+from .section import Section as Section
 
 
 class Budget(Section):
@@ -137,6 +129,7 @@ class Config(Section):
     budget: None for a method that keeps all tokens.
     outer: the method's options (None for a method that has none).
     inner: None for no merging inside the LLM.
+    encoder: None for no reduction inside the vision tower.
     chunk_frames: temporal steps per call of the vision tower, for long videos; None for one call.
     treat_images_as_video: the images of a prompt (two or more, of one size) are the frames of a video.
     """
@@ -145,6 +138,7 @@ class Config(Section):
     budget: Budget | None = None
     outer: SerializeAsAny[OuterOptions] | None = None
     inner: Inner | None = None
+    encoder: Encoder | None = None
     chunk_frames: int | None = Field(None, ge=1)
     treat_images_as_video: bool = False
 
@@ -176,6 +170,7 @@ class Config(Section):
             raise ValueError(f"budget: method {self.method} keeps every token and takes no budget")
         if method.options is None and self.chunk_frames is not None:
             raise ValueError(f"chunk_frames: method {self.method} makes the stock call of the tower, in one piece")
+        self._fits_encoder(method.options is None)
         if method.options is not None and self.budget is None:
             raise ValueError(
                 f"budget: method {self.method} needs one, e.g. {{retain: 0.1}}, {{tokens: 640}} or {{flops: 0.1}}"
@@ -184,6 +179,22 @@ class Config(Section):
             # `outer` was absent, so its validator did not run: take the method's defaults
             object.__setattr__(self, "outer", method.options())
         return self
+
+    def _fits_encoder(self, keeps_all: bool) -> None:
+        if self.encoder is None:
+            return
+        if keeps_all:
+            raise ValueError(f"encoder: method {self.method} makes the stock call of the tower")
+        if self.treat_images_as_video:
+            raise ValueError(
+                "encoder: treat_images_as_video encodes every frame as an image of its own; hand the frames over as a "
+                "video, or leave encoder out"
+            )
+        if self.chunk_frames is not None and self.encoder.frames is not None:
+            raise ValueError(
+                "chunk_frames: encoder.frames compares the frames of a whole video inside the tower; leave one of both "
+                "out"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dict that `load_config` turns back into an equal configuration."""
@@ -249,6 +260,8 @@ def _override(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
             if key == "budget" and {"retain", "tokens", "flops"} & set(value):
                 # another kind of budget replaces the preset's, it does not stand beside it
                 below = {k: v for k, v in below.items() if k not in ("retain", "tokens", "flops")}
+            if key == "encoder" and set(value) - set(below):
+                below = {}  # so does another kind of encoder reduction
             merged[key] = _override(below, value)
         else:
             merged[key] = value
@@ -277,7 +290,9 @@ def _known_keys(path: tuple[Any, ...], method: Any) -> list[str]:
         if method in list_methods():
             options = method_module(method).METHOD.options
         return list(options.model_fields) if options is not None else []
-    sections: dict[str, type[BaseModel]] = {"budget": Budget, "inner": Inner}
+    sections: dict[str, type[BaseModel]] = {"budget": Budget, "inner": Inner, "encoder": Encoder}
+    if path[0] == "encoder" and len(path) > 1:
+        sections = {"encoder": {"frames": Frames, "tokens": Tokens, "gate": Gate}[path[1]]}
     section = sections.get(str(path[0]))
     return list(section.model_fields) if section else []
 
