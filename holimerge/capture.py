@@ -34,8 +34,8 @@ def captured(hooks: Sequence[tuple[nn.Module, str, Any]]) -> Iterator[dict[str, 
     Args:
         hooks: (module, kind, what): "out" stores the module's output under the name `what`; "in" stores its keyword
             arguments; "pre" calls what(first argument) before the module runs; "replace" calls what(first argument,
-            output), whose result replaces the output; "swap" replaces the first argument by what(it); "arguments" replaces
-            all of them by what(positional, keyword).
+            output), whose result replaces the output; "swap" replaces the first argument by what(it); "arguments"
+            replaces all of them by what(positional, keyword).
 
     Yields:
         the stored values by name.

@@ -291,9 +291,8 @@ def _known_keys(path: tuple[Any, ...], method: Any) -> list[str]:
             options = method_module(method).METHOD.options
         return list(options.model_fields) if options is not None else []
     sections: dict[str, type[BaseModel]] = {"budget": Budget, "inner": Inner, "encoder": Encoder}
-    if path[0] == "encoder" and len(path) > 1:
-        sections = {"encoder": {"frames": Frames, "tokens": Tokens, "gate": Gate}[path[1]]}
-    section = sections.get(str(path[0]))
+    kinds: dict[str, type[BaseModel]] = {"frames": Frames, "tokens": Tokens, "gate": Gate}
+    section = sections.get(str(path[0])) if len(path) == 1 else kinds.get(str(path[1]))
     return list(section.model_fields) if section else []
 
 

@@ -91,9 +91,7 @@ class FrameFamily(Family):
             whole, scored = whole[source], None if scored is None else scored[source]
         return self.encoded(core, whole, grids, scored, request.at)
 
-    def gated(
-        self, core: Any, arguments: dict[str, Any], request: Request
-    ) -> tuple[dict[str, Any], Tensor | None]:
+    def gated(self, core: Any, arguments: dict[str, Any], request: Request) -> tuple[dict[str, Any], Tensor | None]:
         """The arguments without frames that need not be encoded, and the encoded frame [F] each frame is taken from."""
         return arguments, None
 
@@ -162,8 +160,8 @@ class LlavaFamily(FrameFamily):
         implementation = core.vision_tower.config._attn_implementation
         if kind == "tokens" and implementation not in ("sdpa", "eager"):
             return (
-                f"the tower's attention is {implementation}, which takes no sizes of merged tokens; load the model with "
-                "attn_implementation='sdpa' or 'eager' (a dict sets it for vision_config alone)"
+                f"the tower's attention is {implementation}, which takes no sizes of merged tokens; load the model "
+                "with attn_implementation='sdpa' or 'eager' (a dict sets it for vision_config alone)"
             )
         return ""
 
@@ -181,9 +179,7 @@ class LlavaFamily(FrameFamily):
             names=("layer_norm2", "mlp", "self_attn", "k_proj"),
         )
 
-    def gated(
-        self, core: Any, arguments: dict[str, Any], request: Request
-    ) -> tuple[dict[str, Any], Tensor | None]:
+    def gated(self, core: Any, arguments: dict[str, Any], request: Request) -> tuple[dict[str, Any], Tensor | None]:
         name = first_argument(arguments, "pixel_values_videos", "pixel_values")
         pixels, patch = arguments[name], int(core.config.vision_config.patch_size)
         encoder = request.encoder

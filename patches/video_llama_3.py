@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from holimerge.capture import first_argument
-
 from holimerge.encoder.tower import Tower
 
 from ._grids import GridFamily

@@ -1,8 +1,8 @@
 """Merging whole frames between two blocks of a vision tower (EarlyTom, arXiv 2605.30010, stage I).
 
-Differs from the paper where its text and its authors' defects leave room: equal similarities count as "larger", so that
-a still video is merged at all; no middle frame is lost at a segment's end; negative similarities weigh nothing; received
-attention is read after the last block and is not merged on the way.
+Differs from the paper where its text and its authors' defects leave room: equal similarities count as "larger", so
+that a still video is merged at all; no middle frame is lost at a segment's end; negative similarities weigh nothing;
+received attention is read in the last block and is not merged on the way.
 """
 
 from __future__ import annotations
@@ -68,10 +68,10 @@ def plan_frames(similarity: list[list[float]], threshold: float, longest: int, m
     """Which frames merge.
 
     Segments: the first frame of the running segment is the reference; the running similarity of frame t is
-    0.9 sim(reference, t) + 0.1 of the one before (1 at a segment's start); below `threshold`, or after `longest` frames,
-    a new segment starts. First and last frame of a segment stay. Of the frames between them, i and i + 1 become one if
-    their similarity s_i reaches the merge threshold and s_{i+1}, with weights s_i and s_{i+1}; for the last two, frame
-    i + 1 is dropped.
+    0.9 sim(reference, t) + 0.1 of the one before (1 at a segment's start); below `threshold`, or after `longest`
+    frames, a new segment starts. First and last frame of a segment stay. Of the frames between them, i and i + 1 become
+    one if their similarity s_i reaches the merge threshold and s_{i+1}, with weights s_i and s_{i+1}; of the last two,
+    frame i + 1 is dropped.
 
     Args:
         similarity: as `frame_similarity` gives, at least `longest` - 1 wide.
@@ -94,9 +94,7 @@ def plan_frames(similarity: list[list[float]], threshold: float, longest: int, m
     return FrameMerge(tuple(pairs))
 
 
-def _segment(
-    similarity: list[list[float]], first: int, last: int, merge: float | None
-) -> list[tuple[int, int, float]]:
+def _segment(similarity: list[list[float]], first: int, last: int, merge: float | None) -> list[tuple[int, int, float]]:
     if first == last:
         return [(first, first, 1.0)]
     least = similarity[first][last - first - 1] if merge is None else merge

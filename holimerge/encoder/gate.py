@@ -1,7 +1,9 @@
 """Frames whose pixels did not change take the features of the last frame that was encoded.
 
-After the gating of Gated Residual Tokenization, whose unit is the patch. Here a frame is the unit, since a patch's features
-depend on every patch of its frame: with a threshold of zero the result is what encoding the frame again would give.
+After the gating of Gated Residual Tokenization, whose unit is the patch. Here the unit is a frame (a temporal step),
+since a patch's features depend on every patch of its frame: a frame is encoded as a whole, or it takes all its features
+from the last one that was. With both limits at zero that is what encoding it again would give; above zero, what moved
+in a frame that is not encoded is lost.
 """
 
 from __future__ import annotations
@@ -12,9 +14,7 @@ import torch
 from torch import Tensor
 
 
-def gate_sources(
-    frames: Tensor, per_patch: Callable[[Tensor], Tensor], threshold: float, changed: float
-) -> Tensor:
+def gate_sources(frames: Tensor, per_patch: Callable[[Tensor], Tensor], threshold: float, changed: float) -> Tensor:
     """Which frame each frame takes its features from: itself, or the last one before it that is encoded.
 
     Args:

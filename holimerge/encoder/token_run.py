@@ -1,7 +1,7 @@
 """Tokens that merge inside blocks of a tower, between attention and MLP.
 
-A block computes x + mlp(norm(x)). Its norm is shown the merged tokens and the MLP's output is spread to their members; the
-mean of the members that follows on entering the next block is then the merged token plus its MLP, as the method has it.
+A block computes x + mlp(norm(x)). Its norm is shown the merged tokens and the MLP's output is spread to their members;
+the mean of the members, taken on entering the next block, is then the merged token plus its MLP, as the method has it.
 """
 
 from __future__ import annotations
@@ -142,7 +142,8 @@ class TokenRun(Run):
 
     def _kept(self, state: State) -> list[Tensor]:
         """[T, n] of each part: the original token in whose place each one stands."""
-        kept = [torch.arange(n, device=s.device).expand(t, -1) for (t, n), s in zip(self.counts, state.size, strict=True)]
+        device = state.size[0].device
+        kept = [torch.arange(n, device=device).expand(t, -1) for t, n in self.counts]
         for block in sorted(self._plans):
             kept = [x.gather(1, plan.kept) for x, plan in zip(kept, self._plans[block], strict=True)]
         return kept

@@ -2,8 +2,8 @@
 
 Tokens alternate between two sets, A and B. Each token of A looks for the token of B with the largest cosine of keys
 (mean over heads); the r best pairs merge, by the mean weighted with the tokens that each already holds. Attention then
-adds log(size) to the logits of a merged key. Differs from the paper: what is left keeps its raster order; ties go to the
-lower index.
+adds log(size) to the logits of a merged key. Differs from the paper: what is left keeps its raster order; ties go to
+the lower index.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def match_tokens(metric: Tensor, r: int, fixed: int = 0) -> TokenMerge:
     chosen = best.argsort(dim=1, descending=True, stable=True)[:, :r]
     gone = fixed + 2 * chosen
     into = fixed + 2 * partner.gather(1, chosen) + 1
-    stays = torch.ones_like(place, dtype=torch.bool).scatter_(1, gone, False)  # noqa: FBT003
+    stays = torch.ones_like(place, dtype=torch.bool).scatter_(1, gone, False)
     number = stays.long().cumsum(1) - 1
     owner = number.gather(1, place.scatter(1, gone, into))
     return TokenMerge(owner, place[stays].view(frames, total - r))

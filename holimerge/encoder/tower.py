@@ -1,7 +1,7 @@
 """A vision tower as its family describes it, and the hooks that make its stock blocks work on less for one call.
 
-On entering a block its arguments are swapped for shorter ones; behind the last block every row is back in its place, with
-the features of the frame or token that stands for it. No forward of transformers is copied.
+On entering a block its arguments are swapped for shorter ones; behind the last block every row is back in its place,
+with the features of the frame or token that stands for it. No forward of transformers is copied.
 """
 
 from __future__ import annotations
