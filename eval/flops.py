@@ -8,7 +8,16 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from holimerge.config import load_config
-from holimerge.cost import ModelShape, decode_cost, exact_cost, largest_budget, paper_prefill, paper_tokens
+from holimerge.cost import (
+    ModelShape,
+    TowerWork,
+    decode_cost,
+    exact_cost,
+    largest_budget,
+    merging_tokens,
+    paper_prefill,
+    paper_tokens,
+)
 from holimerge.shapes import Shape, load_shape
 
 TEXT_TOKENS = 40  # a short question in a chat template
@@ -159,6 +168,7 @@ def _exact_stages(
         static_sets=clusters,
         scored=outer is not None,
         matched=cfg.inner is None or cfg.inner.merge != "drop",
+        work=_work(cfg, model, steps, grid),
     ).to_dict()
     rest = text + kept_separators
     decode = {
@@ -166,6 +176,15 @@ def _exact_stages(
         "reduced": decode_cost(model.text, rest + entering, None if after is None else rest + after, layer),
     }
     return {"unreduced": before, "reduced": reduced}, {"decode_per_token": decode}
+
+
+def _work(cfg: Any, model: ModelShape, steps: int, grid: tuple[int, int] | None) -> TowerWork | None:
+    """What is left of the tower's work, where the configuration alone says it."""
+    encoder = getattr(cfg, "encoder", None)
+    if encoder is None or encoder.tokens is None:
+        return None
+    layers = encoder.tokens.resolve("tokens", model.vision.layers)
+    return merging_tokens(model.vision, steps, grid, layers, encoder.tokens.r)
 
 
 def _exact_notes(cfg: Any, known: Shape, model: ModelShape, grid: tuple[int, int] | None) -> list[str]:
@@ -182,6 +201,9 @@ def _exact_notes(cfg: Any, known: Shape, model: ModelShape, grid: tuple[int, int
             "tokens only; received attention is q k^T of one tower layer for every frame; the release of static tokens "
             "where the budget exceeds what temporal merging leaves is not counted"
         )
+    encoder = getattr(cfg, "encoder", None)
+    if encoder is not None and encoder.tokens is None:
+        notes.append(f"encoder.{encoder.kind}: what it saves depends on the video; counted as if every frame differed")
     if known.pooled:
         notes.append("reduced: a newline after every non-empty row, at most one for each kept token (upper bound)")
     return notes
