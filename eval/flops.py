@@ -10,13 +10,12 @@ from typing import Any, Literal
 from holimerge.config import load_config
 from holimerge.cost import (
     ModelShape,
-    TowerWork,
     decode_cost,
     exact_cost,
     largest_budget,
-    merging_tokens,
     paper_prefill,
     paper_tokens,
+    tower_work,
 )
 from holimerge.shapes import Shape, load_shape
 
@@ -168,7 +167,7 @@ def _exact_stages(
         static_sets=clusters,
         scored=outer is not None,
         matched=cfg.inner is None or cfg.inner.merge != "drop",
-        work=_work(cfg, model, steps, grid),
+        work=tower_work(model.vision, getattr(cfg, "encoder", None), steps, grid),
     ).to_dict()
     rest = text + kept_separators
     decode = {
@@ -176,15 +175,6 @@ def _exact_stages(
         "reduced": decode_cost(model.text, rest + entering, None if after is None else rest + after, layer),
     }
     return {"unreduced": before, "reduced": reduced}, {"decode_per_token": decode}
-
-
-def _work(cfg: Any, model: ModelShape, steps: int, grid: tuple[int, int] | None) -> TowerWork | None:
-    """What is left of the tower's work, where the configuration alone says it."""
-    encoder = getattr(cfg, "encoder", None)
-    if encoder is None or encoder.tokens is None:
-        return None
-    layers = encoder.tokens.resolve("tokens", model.vision.layers)
-    return merging_tokens(model.vision, steps, grid, layers, encoder.tokens.r)
 
 
 def _exact_notes(cfg: Any, known: Shape, model: ModelShape, grid: tuple[int, int] | None) -> list[str]:

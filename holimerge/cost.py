@@ -20,7 +20,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
-from typing import Literal
+from typing import Any, Literal
 
 from .shapes import Grid, ModelShape, TextShape, VisionShape, shape_of
 
@@ -45,6 +45,7 @@ __all__ = [
     "project",
     "shape_of",
     "tower",
+    "tower_work",
 ]
 
 At = Literal["projector_output", "projector_input"]
@@ -109,6 +110,24 @@ def merging_tokens(vision: VisionShape, steps: int, grid: Grid | None, layers: S
         blocks.append((steps, tokens * unit, (tokens - gone) * unit))
         tokens -= gone
     return TowerWork(steps, tuple(blocks), tuple(matched))
+
+
+def tower_work(
+    vision: VisionShape, encoder: Any, steps: int, grid: Grid | None, rows: Sequence[int] = ()
+) -> TowerWork | None:
+    """What an `encoder` block leaves of the tower's work on one video; None for all of it.
+
+    rows: what each block did see (`EncoderReport.rows`). Only merged tokens can be counted without.
+    """
+    if encoder is None:
+        return None
+    if encoder.tokens is not None:
+        return merging_tokens(vision, steps, grid, encoder.tokens.resolve("tokens", vision.layers), encoder.tokens.r)
+    if not rows:
+        return None
+    height, width = vision.frame_grid(grid)
+    blocks = tuple((seen // (height * width), height * width, height * width) for seen in rows)
+    return TowerWork(blocks[0][0] if encoder.gate is not None else steps, blocks)
 
 
 def tower(vision: VisionShape, steps: int, grid: Grid | None = None, work: TowerWork | None = None) -> int:
