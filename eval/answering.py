@@ -29,7 +29,7 @@ from holimerge.scoring import score_options
 
 from .measure import analytic_flops
 from .reuse import Reuse
-from .run import STAGES, Run, _peak, _reset_peak, _synchronise, _watched, devices_of, run_once
+from .run import STAGES, Run, _peak, _reset_peak, _synchronise, _watched, devices_of, rows_seen, run_once
 
 # Stages of the prompt that a video encoded before did not pay.
 ENCODING = ("vision", "reduce", "project")
@@ -211,7 +211,7 @@ def _flops(
     tokens: dict[str, int | None],
     clusters: tuple[int, ...],
 ) -> dict[str, int] | None:
-    found = analytic_flops(model, row, config, Run(0.0, {}, tokens, clusters=clusters))
+    found = analytic_flops(model, row, config, Run(0.0, {}, tokens, clusters=clusters, rows=rows_seen(model)))
     return None if found is None else {key: int(found[key]) for key in ("total", "prefill")}
 
 

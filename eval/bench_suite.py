@@ -51,11 +51,13 @@ def benches(gpu: bool) -> list[Bench]:
     from .bench_reading import GOPS, bench_gop
     from .bench_reduction import CASES, SIDE, WIDTH, bench_case
 
-    presets = ("holitom-10", "holimerge-10", "holimerge-25")
+    presets = ("holitom-10", "holimerge-10", "holimerge-10-fast", "holimerge-25")
     shapes = GPU_SHAPES if gpu else ("toy",)
-    more = {"configs": ("holimerge-10", "more-frames-10" if gpu else "more-frames-4"), "frames": 32 if gpu else 8}
+    more, few = ("holimerge-10", "more-frames-10" if gpu else "more-frames-4"), 32 if gpu else 8
     found = [Bench(f"model-{shape}", partial(bench_model, shape=shape, configs=presets)) for shape in shapes]
-    found.append(Bench(f"more-frames-{shapes[0]}", partial(bench_model, shape=shapes[0], new_tokens=0, **more)))
+    found.append(
+        Bench(f"more-frames-{shapes[0]}", partial(bench_model, shape=shapes[0], configs=more, frames=few, new_tokens=0))
+    )
     found.append(Bench(f"growth-{SIDE * SIDE}x{WIDTH}", bench_growth))
     found.append(Bench(f"decode-{shapes[0]}", partial(bench_decode, shape=shapes[0])))
     if gpu:

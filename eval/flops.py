@@ -8,7 +8,15 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from holimerge.config import load_config
-from holimerge.cost import ModelShape, decode_cost, exact_cost, largest_budget, paper_prefill, paper_tokens
+from holimerge.cost import (
+    ModelShape,
+    decode_cost,
+    exact_cost,
+    largest_budget,
+    paper_prefill,
+    paper_tokens,
+    tower_work,
+)
 from holimerge.shapes import Shape, load_shape
 
 TEXT_TOKENS = 40  # a short question in a chat template
@@ -163,6 +171,7 @@ def _exact_stages(
         static_sets=clusters,
         scored=outer is not None,
         matched=cfg.inner is None or cfg.inner.merge != "drop",
+        work=tower_work(model.vision, getattr(cfg, "encoder", None), steps, grid),
     ).to_dict()
     rest = text + kept_separators
     decode = {
@@ -186,6 +195,9 @@ def _exact_notes(cfg: Any, known: Shape, model: ModelShape, grid: tuple[int, int
             "tokens only; received attention is q k^T of one tower layer for every frame; the release of static tokens "
             "where the budget exceeds what temporal merging leaves is not counted"
         )
+    encoder = getattr(cfg, "encoder", None)
+    if encoder is not None and encoder.tokens is None:
+        notes.append(f"encoder.{encoder.kind}: what it saves depends on the video; counted as if every frame differed")
     if known.pooled:
         notes.append("reduced: a newline after every non-empty row, at most one for each kept token (upper bound)")
     return notes

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from holimerge.api import ConfigLike, _handle, _inner_model
 from holimerge.config import Config, load_config
-from holimerge.cost import decode_cost, exact_cost
+from holimerge.cost import decode_cost, exact_cost, tower_work
 from holimerge.registry import method_module
 from holimerge.shapes import shape_of
 
@@ -189,7 +189,10 @@ def summary(
 def analytic_flops(
     model: Any, inputs: Mapping[str, Tensor], config: Config | None, run: Run
 ) -> dict[str, int | float] | None:
-    """FLOPs of the run by stage, convention `exact`, and of one more token; None for several rows or videos."""
+    """FLOPs of the run by stage, convention `exact`, and of one more token.
+
+    None for several rows or videos, and where it is not known what a reduction inside the tower left to do.
+    """
     inner = _inner_model(model)
     pixels, grids = inputs.get("pixel_values_videos"), inputs.get("video_grid_thw")
     videos = 0 if pixels is None else len(pixels) if grids is None else len(grids)
@@ -206,6 +209,9 @@ def analytic_flops(
     else:
         steps, rows, columns = grids[0].tolist()
         frames, grid = steps * shape.vision.temporal_patch, (rows, columns)
+    encoder = config.encoder if config is not None else None
+    if encoder is not None and encoder.tokens is None and not run.rows:
+        return None
     cost = exact_cost(
         shape,
         frames=frames,
@@ -219,6 +225,7 @@ def analytic_flops(
         static_sets=run.clusters,
         scored=config is not None and method_module(config.method).METHOD.needs_scores,
         matched=not merged or config is None or config.inner is None or config.inner.merge != "drop",
+        work=tower_work(shape.vision, encoder, shape.vision.steps(frames), grid, run.rows),
     )
     rest = tokens["text"] + tokens["separators"]
     if merged and config is not None and config.inner is not None and config.inner.compact_cache:

@@ -24,8 +24,9 @@ STAGES = ("vision", "reduce", "project", "splice", "prefill", "inner")
 
 @dataclass
 class Run:
-    """One prompt, timed. Milliseconds, except `peak` (bytes), `answer` (generated token ids [B, n]) and `clusters`
-    (sizes of the static sets that were clustered)."""
+    """One prompt, timed. Milliseconds, except `peak` (bytes), `answer` (generated token ids [B, n]), `clusters`
+    (sizes of the static sets that were clustered) and `rows` (what each block of the tower saw of the video, where a
+    reduction inside it left something out; empty if not known)."""
 
     ttft: float
     stages: dict[str, float]
@@ -34,6 +35,7 @@ class Run:
     peak: int | None = None
     answer: Tensor | None = None
     clusters: tuple[int, ...] = ()
+    rows: tuple[int, ...] = ()
 
 
 class _Ticks(StoppingCriteria):
@@ -89,7 +91,17 @@ def run_once(
         peak=_peak(devices) if memory else None,
         answer=answer[:, inputs["input_ids"].shape[1] :],
         clusters=clusters,
+        rows=rows_seen(model),
     )
+
+
+def rows_seen(model: Any) -> tuple[int, ...]:
+    """What each block of the tower saw in the prompt that has just ended; empty without a reduction inside the tower,
+    and where not exactly one video was encoded."""
+    handle = _handle(model)
+    if handle is None or len(handle.report.encoders) != 1 or len(handle.report.videos) != 1:
+        return ()
+    return tuple(handle.report.encoders[0].rows)
 
 
 @contextmanager

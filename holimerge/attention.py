@@ -18,12 +18,16 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
-def received_attention(q: Tensor, k: Tensor, scale: float) -> Tensor:
+def received_attention(
+    q: Tensor, k: Tensor, scale: float, *, bias: Tensor | None = None, weight: Tensor | None = None
+) -> Tensor:
     """Softmax attention each key receives, averaged over heads and queries of its frame.
 
     Args:
         q, k: [F, heads, P, d], the vision layer's own queries and keys of F frames (rotated where the tower does).
         scale: the layer's softmax scale.
+        bias: [F, 1, 1, P], added to the logits of each key.
+        weight: [F, P], how much each query counts in the average; None for all alike.
 
     Returns:
         [F, P] float32; each frame's values sum to one.
@@ -34,7 +38,14 @@ def received_attention(q: Tensor, k: Tensor, scale: float) -> Tensor:
     parts = []
     for start in range(0, frames, step):
         logits = (q[start : start + step] * scale) @ k[start : start + step].mT
-        parts.append(torch.softmax(logits, dim=-1, dtype=torch.float32).mean(dim=(1, 2)))
+        if bias is not None:
+            logits = logits + bias[start : start + step]
+        attended = torch.softmax(logits, dim=-1, dtype=torch.float32)
+        if weight is None:
+            parts.append(attended.mean(dim=(1, 2)))
+        else:
+            share = weight[start : start + step] / weight[start : start + step].sum(1, keepdim=True)
+            parts.append(torch.einsum("fhqk,fq->fk", attended, share) / heads)
     return torch.cat(parts)
 
 

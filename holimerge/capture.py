@@ -42,7 +42,8 @@ def captured(hooks: Sequence[tuple[nn.Module, str, Any]]) -> Iterator[dict[str, 
     Args:
         hooks: (module, kind, what): "out" stores the module's output under the name `what`; "in" stores its keyword
             arguments; "pre" calls what(first argument) before the module runs; "replace" calls what(first argument,
-            output), whose result replaces the output; "swap" replaces the first argument by what(it).
+            output), whose result replaces the output; "swap" replaces the first argument by what(it); "arguments"
+            replaces all of them by what(positional, keyword).
 
     Yields:
         the stored values by name.
@@ -79,6 +80,9 @@ def captured(hooks: Sequence[tuple[nn.Module, str, Any]]) -> Iterator[dict[str, 
                 return (value, *args[1:]), kwargs
             return args, {**kwargs, next(iter(kwargs)): value}
 
+        def arguments(_m: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> Any:
+            return what(args, kwargs or {}) if mine() else None
+
         def replace(_m: nn.Module, args: Any, output: Any) -> Any:
             return what(output) if mine() else None
 
@@ -87,6 +91,7 @@ def captured(hooks: Sequence[tuple[nn.Module, str, Any]]) -> Iterator[dict[str, 
             "in": lambda: module.register_forward_pre_hook(into, with_kwargs=True),
             "pre": lambda: module.register_forward_pre_hook(pre, with_kwargs=True),
             "swap": lambda: module.register_forward_pre_hook(swap, with_kwargs=True),
+            "arguments": lambda: module.register_forward_pre_hook(arguments, with_kwargs=True),
             "replace": lambda: module.register_forward_hook(replace),
         }
         handles.append(chosen[kind]())

@@ -13,7 +13,6 @@ from typing import Any, Literal
 import yaml
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     SerializeAsAny,
     ValidationError,
@@ -23,18 +22,10 @@ from pydantic import (
 )
 
 from .cost import inner_kept
+from .encoder.options import Encoder, Frames, Gate, Tokens
 from .registry import list_methods, list_presets, method_module, nearest, preset_text
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the key's path, the value and what is valid."""
-
-
-class Section(BaseModel):
-    """A block of the configuration: unknown keys and loose types are errors, instances are immutable."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
+from .section import ConfigError as ConfigError
+from .section import Section as Section
 
 LIMITS = ("retain", "tokens", "flops", "ttft_ms", "memory_gib")
 
@@ -160,6 +151,7 @@ class Config(Section):
     budget: None for a method that keeps all tokens.
     outer: the method's options (None for a method that has none).
     inner: None for no merging inside the LLM.
+    encoder: None for no reduction inside the vision tower.
     chunk_frames: temporal steps per call of the vision tower, for long videos; None for one call.
     treat_images_as_video: the images of a prompt (two or more, of one size) are the frames of a video.
     more_frames: how many times as many frames as asked for are read (by `holimerge ask`, `eval` and `bench`): what the
@@ -170,6 +162,7 @@ class Config(Section):
     budget: Budget | None = None
     outer: SerializeAsAny[OuterOptions] | None = None
     inner: Inner | None = None
+    encoder: Encoder | None = None
     chunk_frames: int | None = Field(None, ge=1)
     treat_images_as_video: bool = False
     more_frames: int = Field(1, ge=1)
@@ -202,6 +195,7 @@ class Config(Section):
             raise ValueError(f"budget: method {self.method} keeps every token and takes no budget")
         if method.options is None and self.chunk_frames is not None:
             raise ValueError(f"chunk_frames: method {self.method} makes the stock call of the tower, in one piece")
+        self._fits_encoder(method.options is None)
         if method.options is not None and self.budget is None:
             raise ValueError(
                 f"budget: method {self.method} needs one, e.g. {{retain: 0.1}}, {{tokens: 640}} or {{ttft_ms: 300}}"
@@ -210,6 +204,22 @@ class Config(Section):
             # `outer` was absent, so its validator did not run: take the method's defaults
             object.__setattr__(self, "outer", method.options())
         return self
+
+    def _fits_encoder(self, keeps_all: bool) -> None:
+        if self.encoder is None:
+            return
+        if keeps_all:
+            raise ValueError(f"encoder: method {self.method} makes the stock call of the tower")
+        if self.treat_images_as_video:
+            raise ValueError(
+                "encoder: treat_images_as_video encodes every frame as an image of its own; hand the frames over as a "
+                "video, or leave encoder out"
+            )
+        if self.chunk_frames is not None and self.encoder.frames is not None:
+            raise ValueError(
+                "chunk_frames: encoder.frames compares the frames of a whole video inside the tower; leave one of both "
+                "out"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dict that `load_config` turns back into an equal configuration."""
@@ -275,6 +285,8 @@ def _override(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
             if key == "budget" and set(LIMITS) & set(value):
                 # other limits replace the preset's, they do not stand beside it
                 below = {k: v for k, v in below.items() if k not in LIMITS}
+            if key == "encoder" and set(value) - set(below):
+                below = {}  # so does another kind of encoder reduction
             merged[key] = _override(below, value)
         else:
             merged[key] = value
@@ -303,8 +315,9 @@ def _known_keys(path: tuple[Any, ...], method: Any) -> list[str]:
         if method in list_methods():
             options = method_module(method).METHOD.options
         return list(options.model_fields) if options is not None else []
-    sections: dict[str, type[BaseModel]] = {"budget": Budget, "inner": Inner}
-    section = sections.get(str(path[0]))
+    sections: dict[str, type[BaseModel]] = {"budget": Budget, "inner": Inner, "encoder": Encoder}
+    kinds: dict[str, type[BaseModel]] = {"frames": Frames, "tokens": Tokens, "gate": Gate}
+    section = sections.get(str(path[0])) if len(path) == 1 else kinds.get(str(path[1]))
     return list(section.model_fields) if section else []
 
 

@@ -20,7 +20,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
-from typing import Literal
+from typing import Any, Literal
 
 from .shapes import Grid, ModelShape, TextShape, VisionShape, shape_of
 
@@ -28,6 +28,7 @@ __all__ = [
     "Cost",
     "ModelShape",
     "TextShape",
+    "TowerWork",
     "VisionShape",
     "cluster_cost",
     "decode_cost",
@@ -38,11 +39,13 @@ __all__ = [
     "largest_budget",
     "llm_prefill_exact",
     "lm_head",
+    "merging_tokens",
     "paper_prefill",
     "paper_tokens",
     "project",
     "shape_of",
     "tower",
+    "tower_work",
 ]
 
 At = Literal["projector_output", "projector_input"]
@@ -81,15 +84,73 @@ def lm_head(text: TextShape, rows: int = 1) -> int:
     return 2 * rows * text.width * text.vocab
 
 
-def tower(vision: VisionShape, steps: int, grid: Grid | None = None) -> int:
-    """FLOPs of patch embedding and all blocks of the vision tower over `steps` temporal steps (images for SigLIP)."""
+@dataclass(frozen=True)
+class TowerWork:
+    """What a reduction inside the tower leaves its blocks to do for one video.
+
+    embedded: temporal steps whose patches are embedded (fewer only behind a gate).
+    blocks: per block (steps, patches of each in attention, patches of each in the MLP).
+    matched: per block the tokens and channels of each step that are compared, (0, 0) for none.
+    """
+
+    embedded: int
+    blocks: tuple[tuple[int, int, int], ...]
+    matched: tuple[tuple[int, int], ...] = ()
+
+
+def merging_tokens(vision: VisionShape, steps: int, grid: Grid | None, layers: Sequence[int], r: int) -> TowerWork:
+    """The work where `r` tokens of each step (a token being the patches that one of the LLM's takes in a tower with a
+    merger, else a patch) merge in each of these blocks. It depends on no video."""
+    rows, columns = vision.frame_grid(grid)
+    unit = vision.merge**2
+    tokens, blocks, matched = rows * columns // unit, [], []
+    for block in range(vision.layers):
+        gone = min(r, tokens // 2) if block in layers else 0
+        matched.append((tokens, unit * (vision.width // vision.heads)) if gone else (0, 0))
+        blocks.append((steps, tokens * unit, (tokens - gone) * unit))
+        tokens -= gone
+    return TowerWork(steps, tuple(blocks), tuple(matched))
+
+
+def tower_work(
+    vision: VisionShape, encoder: Any, steps: int, grid: Grid | None, rows: Sequence[int] = ()
+) -> TowerWork | None:
+    """What an `encoder` block leaves of the tower's work on one video; None for all of it.
+
+    rows: what each block did see (`EncoderReport.rows`). Only merged tokens can be counted without.
+    """
+    if encoder is None:
+        return None
+    if encoder.tokens is not None:
+        return merging_tokens(vision, steps, grid, encoder.tokens.resolve("tokens", vision.layers), encoder.tokens.r)
+    if not rows:
+        return None
+    height, width = vision.frame_grid(grid)
+    blocks = tuple((seen // (height * width), height * width, height * width) for seen in rows)
+    return TowerWork(blocks[0][0] if encoder.gate is not None else steps, blocks)
+
+
+def tower(vision: VisionShape, steps: int, grid: Grid | None = None, work: TowerWork | None = None) -> int:
+    """FLOPs of patch embedding and all blocks of the vision tower over `steps` temporal steps (images for SigLIP).
+
+    work: what a reduction inside the tower leaves. Windows stay whole there, as only frames merge in windowed towers;
+    the eight channels that carry the sizes of merged tokens in the keys of Qwen towers are not counted.
+    """
     rows, columns = vision.frame_grid(grid)
     n, d = rows * columns, vision.width
+    blocks = ((steps, n, n),) * vision.layers if work is None else work.blocks
     embed = 2 * n * vision.channels * vision.temporal_patch * vision.patch**2 * d
-    linear = 2 * n * (4 * d * d + (3 if vision.gated else 2) * d * vision.mlp)
-    pairs = sum(vision.attention_pairs((rows, columns), block) for block in range(vision.layers))
-    head = 4 * d * d + 4 * n * d * d + 4 * n * d + 4 * d * vision.mlp if vision.head else 0
-    return steps * (embed + vision.layers * linear + 4 * d * pairs + head)
+    total = embed * (steps if work is None else work.embedded)
+    for block, (left, attended, transformed) in enumerate(blocks):
+        pairs = vision.attention_pairs((rows, columns), block) if attended == n else attended**2
+        mlp = (3 if vision.gated else 2) * d * vision.mlp
+        total += left * (2 * attended * 4 * d * d + 2 * transformed * mlp + 4 * d * pairs)
+    for tokens, channels in () if work is None else work.matched:
+        total += 2 * steps * (tokens - tokens // 2) * (tokens // 2) * channels
+    if vision.head:
+        left, _, read = blocks[-1]
+        total += left * (4 * d * d + 4 * read * d * d + 4 * read * d + 4 * d * vision.mlp)
+    return total
 
 
 def project(vision: VisionShape, rows: int) -> int:
@@ -181,6 +242,7 @@ def exact_cost(
     logits: Literal["last", "all"] = "last",
     matched: bool = True,
     decision_width: int | None = None,
+    work: TowerWork | None = None,
 ) -> Cost:
     """FLOPs of one prompt (one row, one video) by stage, multiply-adds times two.
 
@@ -199,6 +261,7 @@ def exact_cost(
     matched: False for an inner ``merge: drop``.
     decision_width: width of the features that decide, default `VisionShape.decision_width` before the projector and
         the LLM's width after it.
+    work: what a reduction inside the tower leaves its blocks to do.
     """
     if at not in ("projector_output", "projector_input"):
         raise ValueError(f"at: {at!r}; valid: projector_output, projector_input")
@@ -221,7 +284,7 @@ def exact_cost(
     if after_inner is not None:
         inner = inner_cost(text, rest + entering, entering - after_inner, after_inner, matched=matched)
     return Cost(
-        vision=tower(vision, steps, grid),
+        vision=tower(vision, steps, grid, work),
         received_attention=2 * steps * patches**2 * vision.width if scored else 0,
         projector=project(vision, rows),
         reduction=cluster_cost(static_sets, width),

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .encoder.stage import EncoderStage
 from .tokens import MergeRecord, VideoTokens
 
 
@@ -31,11 +32,13 @@ class Request:
     at: "projector_input" or "projector_output", what the reduction works on.
     scored: whether received attention is needed.
     chunk: frames per call of the tower; None for one stock call.
+    encoder: the reduction inside the tower; None for none.
     """
 
     at: str
     scored: bool
     chunk: int | None
+    encoder: EncoderStage | None = None
 
 
 @dataclass

@@ -32,6 +32,7 @@ from transformers import DynamicCache
 from .cache import cache_state
 from .call import CALL, PROMPT, Call, Prompt, by_name
 from .config import Config, ConfigError
+from .encoder.stage import check
 from .inner_stage import InnerStage
 from .outer_stage import PIXELS, OuterStage, ReducedVideo
 from .planning.patched import check_estimated
@@ -96,6 +97,9 @@ class Handle:
                 f"treat_images_as_video: {name} takes the frames of a video as images and cannot tell them from other "
                 "images; set it to true for prompts whose images are the frames of a video"
             )
+        if config.encoder is not None:
+            refused = family.no_encoder(self.core, config.encoder.kind)
+            check(config.encoder, refused, lambda: len(family.encoder_tower(self.core, {}, []).blocks))
 
     # ------------------------------------------------------------------ attach and detach
 

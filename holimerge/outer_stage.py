@@ -15,6 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .call import CALL, PROMPT, Call, Placed, Prompt, Source, videos_by_row
 from .config import ConfigError
+from .encoder.stage import EncoderStage
 from .encoding import Encoded, Grid, Request
 from .placement import FrameImages, Placement, frames_among_images
 from .planning.patched import row_of
@@ -185,7 +186,12 @@ class OuterStage:
     def _encode(self, original: Callable[..., Any], arguments: dict[str, Any], report: Report) -> list[Encoded]:
         outer = self.handle.config.outer
         assert outer is not None
-        request = Request(outer.at, self.handle.method.needs_scores, self.handle.config.chunk_frames)
+        config = self.handle.config
+        encoder = None
+        if config.encoder is not None:
+            encoder = EncoderStage(config.encoder)
+            report.encoders.append(encoder.report)
+        request = Request(outer.at, self.handle.method.needs_scores, config.chunk_frames, encoder)
         with report.clock.stage("vision", _device(arguments)):
             encoded: list[Encoded] = self.handle.family.encode(self.handle.core, original, arguments, request)
         return encoded

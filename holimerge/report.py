@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .encoder.tower import EncoderReport
 from .placement import Placement
 from .timing import StageClock
 from .tokens import MergeRecord
@@ -82,11 +83,13 @@ class Report:
     videos: one entry per video, in the order they were given.
     inner_layer: decoder layer of the inner merge, or None.
     clock: the stages' clock; `milliseconds` reads it.
+    encoders: per time the tower was asked for videos, what a reduction inside it left to do.
     """
 
     videos: list[VideoReport] = field(default_factory=list)
     inner_layer: int | None = None
     clock: StageClock = field(default_factory=StageClock)
+    encoders: list[EncoderReport] = field(default_factory=list)
 
     @property
     def milliseconds(self) -> dict[str, float]:
@@ -94,12 +97,15 @@ class Report:
         return self.clock.milliseconds()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, ready for JSON."""
-        return {
+        """Plain numbers, ready for JSON; `encoders` only where a reduction inside the tower is configured."""
+        plain: dict[str, Any] = {
             "videos": [v.to_dict() for v in self.videos],
             "inner_layer": self.inner_layer,
             "milliseconds": {k: round(v, 3) for k, v in self.milliseconds.items()},
         }
+        if self.encoders:
+            plain["encoders"] = [encoder.to_dict() for encoder in self.encoders]
+        return plain
 
     def to_json(self, indent: int | None = None) -> str:
         """The report as a JSON text."""

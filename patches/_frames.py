@@ -13,6 +13,7 @@ from torch import Tensor
 
 from holimerge.attention import received_attention
 from holimerge.capture import StopForward, captured, first_argument
+from holimerge.encoder.tower import Tower
 from holimerge.encoding import Encoded, Grid, Level, Request
 from holimerge.tokens import VideoTokens
 
@@ -62,9 +63,13 @@ class FrameFamily(Family):
         self, core: Any, features: Callable[..., Any], arguments: dict[str, Any], request: Request
     ) -> list[Encoded]:
         attention = self.attention(core, arguments)
+        grids = self.grids(core, arguments)
+        arguments, source = self.gated(core, arguments, request)
         hidden, scores = [], []
         for part in self.calls(core, arguments, request.chunk):
-            hooks: list[tuple[Any, str, Any]] = [(self.projector(core), "pre", _stop)]
+            run = None if request.encoder is None else request.encoder.run(self._tower_of(core, part, grids))
+            hooks: list[tuple[Any, str, Any]] = [] if run is None else run.hooks()
+            hooks.append((self.projector(core), "pre", _stop))
             if request.scored:
                 hooks += [(module, "out", name) for name, module in self.query_and_key(attention).items()]
             with captured(hooks) as got:
@@ -74,15 +79,27 @@ class FrameFamily(Family):
                     hidden.append(stop.value)
             if request.scored:
                 q, k = (x.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for x in (got["q"], got["k"]))
-                received = received_attention(q, k, attention.scale)
+                if run is None:
+                    received = received_attention(q, k, attention.scale)
+                else:
+                    weight = run.query_weight()
+                    bias = None if weight is None else weight.log()[:, None, None, :]
+                    received = run.spread(received_attention(q, k, attention.scale, bias=bias, weight=weight))
                 scores.append(self.pooled_scores(core, arguments, received))
-        return self.encoded(
-            core,
-            torch.cat(hidden),
-            self.grids(core, arguments),
-            torch.cat(scores) if request.scored else None,
-            request.at,
-        )
+        whole, scored = torch.cat(hidden), torch.cat(scores) if request.scored else None
+        if source is not None:
+            whole, scored = whole[source], None if scored is None else scored[source]
+        return self.encoded(core, whole, grids, scored, request.at)
+
+    def gated(self, core: Any, arguments: dict[str, Any], request: Request) -> tuple[dict[str, Any], Tensor | None]:
+        """The arguments without frames that need not be encoded, and the encoded frame [F] each frame is taken from."""
+        return arguments, None
+
+    def _tower_of(self, core: Any, part: dict[str, Any], grids: list[Grid]) -> Tower:
+        """The tower for one call; where a call holds only some of the frames, they count as one video."""
+        here = part[first_argument(part, "pixel_values_videos", "pixel_values")].shape[1]
+        frames = [grid.frames for grid in grids]
+        return self.encoder_tower(core, part, frames if sum(frames) == here else [here])
 
     def without_class(self, core: Any, arguments: dict[str, Any], received: Tensor) -> Tensor:
         """[F, P] without the class token, where the features leave it out."""
@@ -126,14 +143,58 @@ class LlavaFamily(FrameFamily):
         pixels = arguments[first_argument(arguments, "pixel_values_videos", "pixel_values")]
         return [Grid(pixels.shape[1], self.side(core), self.side(core))] * pixels.shape[0]
 
-    def attention(self, core: Any, arguments: dict[str, Any]) -> Any:
-        """The attention of the layer whose output is the (last) selected hidden state."""
+    def _layers(self, core: Any, arguments: dict[str, Any]) -> tuple[Any, list[int]]:
+        """The tower's layers, and the hidden states that make the features."""
         layer = arguments.get("vision_feature_layer")
         layer = core.config.vision_feature_layer if layer is None else layer
-        layer = layer[-1] if isinstance(layer, (list, tuple)) else layer
         tower: Any = core.vision_tower
         layers = getattr(tower, "vision_model", tower).encoder.layers
-        return layer_of_hidden_state(layers, layer).self_attn
+        return layers, list(layer) if isinstance(layer, (list, tuple)) else [layer]
+
+    def attention(self, core: Any, arguments: dict[str, Any]) -> Any:
+        """The attention of the layer whose output is the (last) selected hidden state."""
+        layers, states = self._layers(core, arguments)
+        return layer_of_hidden_state(layers, states[-1]).self_attn
+
+    def no_encoder(self, core: Any, kind: str) -> str:
+        implementation = core.vision_tower.config._attn_implementation
+        if kind == "tokens" and implementation not in ("sdpa", "eager"):
+            return (
+                f"the tower's attention is {implementation}, which takes no sizes of merged tokens; load the model "
+                "with attn_implementation='sdpa' or 'eager' (a dict sets it for vision_config alone)"
+            )
+        return ""
+
+    def encoder_tower(self, core: Any, arguments: dict[str, Any], frames: list[int]) -> Tower:
+        layers, states = self._layers(core, arguments)
+        last = list(layers).index(layer_of_hidden_state(layers, states[-1]))
+        tower = getattr(core.vision_tower, "vision_model", core.vision_tower)
+        fixed = int(hasattr(tower.embeddings, "class_embedding"))
+        rows = self.patches(core) ** 2 + fixed
+        return Tower(
+            blocks=layers[: last + 1],
+            videos=[(t, rows) for t in frames],
+            output=core.vision_tower,
+            fixed=fixed,
+            names=("layer_norm2", "mlp", "self_attn", "k_proj"),
+        )
+
+    def gated(self, core: Any, arguments: dict[str, Any], request: Request) -> tuple[dict[str, Any], Tensor | None]:
+        name = first_argument(arguments, "pixel_values_videos", "pixel_values")
+        pixels, patch = arguments[name], int(core.config.vision_config.patch_size)
+        encoder = request.encoder
+        if encoder is None or encoder.options.gate is None:
+            return arguments, None
+
+        def per_patch(difference: Tensor) -> Tensor:
+            return torch.nn.functional.avg_pool2d(difference.mean(0)[None], patch).flatten()
+
+        gate = encoder.gate([(video, per_patch) for video in pixels])
+        tower = self.encoder_tower(core, arguments, [pixels.shape[1]] * pixels.shape[0])
+        encoder.count(tower, gate)
+        if gate.all:
+            return arguments, None
+        return {**arguments, name: pixels.flatten(0, 1)[gate.encoded(pixels.device)][None]}, gate.index(pixels.device)
 
     def assemble(self, core: Any, arguments: dict[str, Any], features: list[Tensor]) -> Tensor:
         return torch.stack(features)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from holimerge.attention import received_attention, rotate
 from holimerge.capture import captured, first_argument
+from holimerge.encoder.tower import Tower
 from holimerge.encoding import Encoded, Grid, Level, Request
 from holimerge.tokens import VideoTokens
 
@@ -54,6 +55,7 @@ class GridFamily(Family):
         self, core: Any, features: Callable[..., Any], arguments: dict[str, Any], request: Request
     ) -> list[Encoded]:
         grids = self.grids(core, arguments)
+        arguments, sources = self._gated(core, arguments, request)
         parts: list[list[tuple[list[Tensor], Tensor | None]]] = [[] for _ in grids]
         for videos, call in self._calls(arguments, request.chunk):
             for video, part in zip(videos, self._encode_once(core, features, call, request), strict=True):
@@ -71,11 +73,56 @@ class GridFamily(Family):
             shape = (grid.frames, grid.rows * grid.columns)
             levels = [torch.cat(pieces) for pieces in zip(*(levels for levels, _ in parts[video]), strict=True)]
             received = [scores for _, scores in parts[video] if scores is not None]
-            scores = torch.cat(received).view(shape) if request.scored else None
+            scores = torch.cat(received) if request.scored else None
+            if sources is not None:
+                levels = [_frames_of(x, sources[video]) for x in levels]
+                scores = None if scores is None else _frames_of(scores, sources[video])
+            scores = None if scores is None else scores.view(shape)
             tokens = VideoTokens(levels[0].detach().reshape(*shape, -1), scores)
             return Encoded(tokens, [level(x, merger) for x, merger in zip(levels, mergers, strict=True)])
 
         return [one(video) for video in range(len(grids))]
+
+    def no_encoder(self, core: Any, kind: str) -> str:
+        if kind == "tokens" and getattr(self.tower(core), "fullatt_block_indexes", None) is not None:
+            return "the tower attends in windows of patches, and merged tokens leave no windows; use frames or gate"
+        return ""
+
+    def encoder_tower(self, core: Any, arguments: dict[str, Any], frames: list[int]) -> Tower:
+        grid = _grid(arguments)[1].tolist() if arguments else []
+        return Tower(
+            blocks=self.tower(core).blocks,
+            videos=[(t, h * w) for t, h, w in grid],
+            readers=self.mergers(core)[1:],
+            unit=int(self.tower(core).spatial_merge_size) ** 2,
+        )
+
+    def _gated(
+        self, core: Any, arguments: dict[str, Any], request: Request
+    ) -> tuple[dict[str, Any], list[list[int]] | None]:
+        """The arguments without frames that need not be encoded, and per video the encoded frame of every frame."""
+        encoder = request.encoder
+        if encoder is None or encoder.options.gate is None:
+            return arguments, None
+        name, grid = _grid(arguments)
+        pixels = first_argument(arguments, "pixel_values_videos", "pixel_values")
+        tower = self.encoder_tower(core, arguments, [])
+        videos = [
+            part.unflatten(0, (t, -1))
+            for part, (t, _) in zip(
+                arguments[pixels].split([t * p for t, p in tower.videos]), tower.videos, strict=True
+            )
+        ]
+        gate = encoder.gate([(video, lambda difference: difference.mean(-1)) for video in videos])
+        encoder.count(tower, gate)
+        if gate.all:
+            return arguments, None
+        left = [sorted(set(source)) for source in gate.sources]
+        shorter = grid.clone()
+        shorter[:, 0] = torch.tensor([len(frames) for frames in left])
+        kept = [video[frames].flatten(0, 1) for video, frames in zip(videos, left, strict=True)]
+        places = [[frames.index(i) for i in source] for frames, source in zip(left, gate.sources, strict=True)]
+        return {**arguments, pixels: torch.cat(kept), name: shorter}, places
 
     def _calls(self, arguments: dict[str, Any], chunk: int | None) -> list[tuple[list[int], dict[str, Any]]]:
         """The stock call, or one call per `chunk` frames of each video (attention never leaves a frame)."""
@@ -120,7 +167,10 @@ class GridFamily(Family):
                 seen[-1] = output
             return rows
 
-        hooks: list[tuple[Any, str, Any]] = []
+        run = None
+        if request.encoder is not None:
+            run = request.encoder.run(self.encoder_tower(core, arguments, []))
+        hooks: list[tuple[Any, str, Any]] = [] if run is None else run.hooks()
         for merger in mergers:
             hooks += [(merger, "swap", remember), (merger, "replace", number)]
         if request.scored:
@@ -132,12 +182,16 @@ class GridFamily(Family):
         levels = [seen[-1], *seen[:-1]]
         received = None
         if request.scored:
-            received = self._received(attention, got)
+            received = self._received(attention, got, None if run is None else run.query_weight())
+            received = received if run is None else run.spread(received)
             received = self.pooled_scores(core, received, self.merge_sizes(core, arguments), _grid(arguments)[1])
         return [([x[order] for x in levels], None if received is None else received[order]) for order in orders]
 
-    def _received(self, attention: Any, got: dict[str, Any]) -> Tensor:
-        """[S] float32, attention each patch received inside its attention span, in the tower's own order."""
+    def _received(self, attention: Any, got: dict[str, Any], weight: Tensor | None = None) -> Tensor:
+        """[S] float32, attention each patch received inside its attention span, in the tower's own order.
+
+        weight: [S], how many patches each query stands for.
+        """
         call = got["call"]
         heads = attention.num_heads
         if "qkv" in got:
@@ -155,9 +209,15 @@ class GridFamily(Family):
                 j += 1
             stop = start + (j - i) * lengths[i]
             spans = [x[start:stop].unflatten(0, (j - i, lengths[i])).transpose(1, 2) for x in (q, k)]
-            parts.append(received_attention(spans[0], spans[1], attention.scaling).flatten())
+            counts = None if weight is None else weight[start:stop].unflatten(0, (j - i, lengths[i]))
+            parts.append(received_attention(spans[0], spans[1], attention.scaling, weight=counts).flatten())
             start, i = stop, j
         return torch.cat(parts)
+
+
+def _frames_of(x: Tensor, frames: list[int]) -> Tensor:
+    """[T N, ...] of the frames [T' N, ...] that are there, in this order."""
+    return x.unflatten(0, (max(frames) + 1, -1))[torch.tensor(frames, device=x.device)].flatten(0, 1)
 
 
 def _grid(arguments: dict[str, Any]) -> tuple[str, Tensor]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from holimerge.attention import rotate
+from holimerge.encoder.tower import Tower
 from holimerge.encoding import Encoded, Grid, Request
 
 
@@ -66,6 +67,20 @@ class Family(ABC):
             ValueError: with the reason and the way out.
         """
         return
+
+    def no_encoder(self, core: Any, kind: str) -> str:
+        """Why the tower cannot reduce inside itself in this way (frames, tokens or gate); empty if it can."""
+        return f"not supported for {core.config.model_type}"
+
+    def encoder_tower(self, core: Any, arguments: dict[str, Any], frames: list[int]) -> Tower:
+        """What a reduction inside the tower works on.
+
+        Args:
+            core: the core module.
+            arguments: bound arguments of the function that encodes videos, of one call; maybe empty.
+            frames: of each video in them.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def grids(self, core: Any, arguments: dict[str, Any]) -> list[Grid]:

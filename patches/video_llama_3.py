@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from holimerge.capture import first_argument
+from holimerge.encoder.tower import Tower
 
 from ._grids import GridFamily
 
@@ -27,6 +28,15 @@ class VideoLlama3(GridFamily):
 
     def attention(self, core: Any) -> Any:
         return core.vision_model.encoder.layers[-1].self_attn
+
+    def no_encoder(self, core: Any, kind: str) -> str:
+        if kind == "tokens":
+            return "queries and keys of this tower come from layers of their own; use frames or gate"
+        return ""
+
+    def encoder_tower(self, core: Any, arguments: dict[str, Any], frames: list[int]) -> Tower:
+        grid = arguments[first_argument(arguments, "video_grid_thw", "image_grid_thw")].tolist() if arguments else []
+        return Tower(blocks=core.vision_model.encoder.layers, videos=[(t, h * w) for t, h, w in grid])
 
     def unit(self, core: Any) -> int:
         return 1  # pooled before the projector

@@ -19,7 +19,9 @@ from holimerge.config import Budget, Config, ConfigError, Inner, OuterOptions, l
 from holimerge.cost import inner_kept
 
 PRESETS = (
-    [f"holimerge-{p}" for p in ("05", 10, 15, 25)] + [f"holitom-{p}" for p in ("05", 10, 15, 20, 25)] + ["keep-all"]
+    [f"holimerge-{p}" for p in ("05", 10, 15, 25)]
+    + [f"holitom-{p}" for p in ("05", 10, 15, 20, 25)]
+    + ["holimerge-10-fast", "keep-all"]
 )
 MORE_FRAMES = ["more-frames-10", "more-frames-4"]
 H = {"method": "holitom", "budget": {"retain": 0.1}}
@@ -70,7 +72,7 @@ def test_preset_values(name):
     if name == "keep-all":
         assert config.to_dict() == {"method": "keep_all", "treat_images_as_video": False, "more_frames": 1}
         return
-    percent, authors = int(name[-2:]), name.startswith("holitom")
+    percent, authors = int(name.split("-")[1]), name.startswith("holitom")
     assert config.method == "holitom"
     assert (config.budget.tokens, config.budget.flops, config.chunk_frames) == (None, None, None)
     assert config.budget.retain == percent / 100
@@ -83,6 +85,13 @@ def test_preset_values(name):
     assert config.inner.merge == ("pairwise" if authors else "mean")
     assert config.inner.retain == 0.5
     assert config.inner.resolve(28) == 18  # the layer of the authors' 7B table
+    assert (config.encoder is not None) == name.endswith("-fast")
+
+
+def test_the_fast_preset_merges_frames_where_earlytoms_first_stage_does():
+    frames = load_config("holimerge-10-fast").encoder.frames
+    assert frames.resolve("frames", 26) == [6, 21, 23]  # of SigLIP's 26 blocks (arXiv 2605.30010)
+    assert (frames.similarity, frames.longest, frames.merge) == (0.65, 8, None)
 
 
 @pytest.mark.parametrize("name", MORE_FRAMES)
@@ -444,6 +453,7 @@ def test_overrides_change_what_they_name_and_nothing_else(name, budget, outer, i
         "budget": base.budget.model_dump(),
         "outer": {**base.outer.model_dump(), **outer},
         "inner": None if removed else {**base.inner.model_dump(), **(inner or {})},
+        "encoder": None if base.encoder is None else base.encoder.model_dump(),
     }
     if budget is not None:
         if set(LIMITS) & set(budget):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -19,11 +20,14 @@ from transformers import (
     Qwen3VLTextConfig,
 )
 
+from holimerge import last_report, merging
 from holimerge.cluster import pairwise_distances
 from holimerge.config import Budget, Inner
 from holimerge.cost import (
     SEGMENT_CHUNK,
     TextShape,
+    TowerWork,
+    VisionShape,
     cluster_cost,
     decode_cost,
     exact_cost,
@@ -32,6 +36,7 @@ from holimerge.cost import (
     largest_budget,
     llm_prefill_exact,
     lm_head,
+    merging_tokens,
     paper_prefill,
     paper_tokens,
     project,
@@ -228,6 +233,52 @@ def test_the_pooling_head_of_siglip_is_counted_where_it_runs() -> None:
     config = llava_config(vision_use_head=True)
     model, inputs, known = toy(config, "sdpa")
     assert count_flops(lambda: model(**inputs, logits_to_keep=1)) == exact_cost(shape_of(config), **known).total
+
+
+def count_tower(family: str, encoder: dict[str, Any]) -> tuple[int, VisionShape, Any]:
+    """FLOPs of a tower that reduces inside itself, its shape, and the report of what it did."""
+    model, inputs, _ = toy(CONFIGS[family](), "sdpa")
+    if family == "llava":
+        inputs["pixel_values_videos"][:, 1:] = inputs["pixel_values_videos"][:, :1]  # a still video
+    else:
+        patches = inputs["pixel_values_videos"].view(3, GRID[0] * GRID[1], -1)
+        patches[1:] = patches[:1]
+    config: dict[str, Any] = {"method": "holitom", "budget": {"retain": 0.5}, "encoder": encoder}
+    config["outer"] = {"at": "projector_output"}  # where mergers run inside the tower, on everything
+    with merging(model, config):
+        ran = count_flops_by_module(lambda: model(**inputs), model)
+        report = last_report(model).encoders[0]
+    name = "vision_tower" if family == "llava" else "visual"
+    mergers = sum(v for k, v in ran.items() if re.fullmatch(r"model\.visual\.(merger|deepstack_merger_list\.\d+)", k))
+    return ran[f"model.{name}"] - mergers, shape_of(CONFIGS[family]()).vision, report
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_tower_that_merges_frames_runs_the_flops_that_are_computed(family: str) -> None:
+    grid, steps = (None, 5) if family == "llava" else (GRID, 3)
+    ran, vision, report = count_tower(family, {"frames": {"layers": [1], "longest": 8}})
+    patches = report.total // steps
+    blocks = tuple((rows // patches, patches, patches) for rows in report.rows)
+    assert ran == tower(vision, steps, grid, TowerWork(steps, blocks))
+    assert (ran < tower(vision, steps, grid)) == (steps > 3)  # three frames have no two between their ends
+    ran, vision, report = count_tower(family, {"gate": {}})
+    assert report.frames == [1]
+    assert ran == tower(vision, 1, grid) == tower(vision, steps, grid, TowerWork(1, ((1, patches, patches),) * 3))
+
+
+def test_a_tower_that_merges_tokens_runs_the_flops_that_are_computed() -> None:
+    for layers in (None, [1]):
+        ran, vision, report = count_tower("llava", {"tokens": {"r": 7, "layers": layers}})
+        work = merging_tokens(vision, 5, None, [0, 1, 2] if layers is None else layers, 7)
+        assert [steps * attended for steps, attended, _ in work.blocks] == report.rows
+        assert ran == tower(vision, 5, None, work) < tower(vision, 5)
+    config = {"method": "holitom", "budget": {"retain": 0.1}, "encoder": {"tokens": {"r": 16}}}
+    merged = flops_report("llava-onevision-7b", config=config)
+    plain = flops_report("llava-onevision-7b", config={**config, "encoder": None})
+    assert merged["stages"]["reduced"]["vision"] < 0.8 * plain["stages"]["reduced"]["vision"]
+    gated = flops_report("llava-onevision-7b", config={**config, "encoder": {"gate": {}}})
+    assert gated["stages"] == plain["stages"]
+    assert "encoder.gate: what it saves depends on the video" in " ".join(gated["assumptions"])
 
 
 @pytest.mark.parametrize("family", CONFIGS)

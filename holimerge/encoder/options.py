@@ -1,0 +1,117 @@
+"""The `encoder` block of a configuration: exactly one of `frames`, `tokens` and `gate`."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from pydantic import Field, field_validator, model_validator
+
+from ..section import ConfigError, Section
+
+
+class Layered(Section):
+    """What happens at some blocks of the tower.
+
+    layers: blocks of the tower, each an index or a share of the depth in (0, 1).
+    """
+
+    first: ClassVar[int]  # the lowest index that makes sense
+    layers: list[int | float] | None
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _layers(cls, value: Any) -> Any:
+        valid = f"an index of at least {cls.first} or a share of the depth between 0 and 1"
+        if value is None and not cls.model_fields["layers"].is_required():
+            return None
+        if not isinstance(value, list) or not value:
+            raise ValueError(f"a list of layers is needed, each {valid}")
+        for layer in value:
+            index = isinstance(layer, int) and not isinstance(layer, bool) and layer >= cls.first
+            if not index and not (isinstance(layer, float) and 0 < layer < 1):
+                raise ValueError(f"{layer!r} is no layer; valid: {valid}")
+        return value
+
+    def resolve(self, kind: str, depth: int) -> list[int]:
+        """Indices of the blocks in a tower whose features come from its first `depth` blocks, ascending.
+
+        Raises:
+            ConfigError: the tower has no such block.
+        """
+        if self.layers is None:
+            return list(range(depth))
+        found = set()
+        for layer in self.layers:
+            index = layer
+            if isinstance(layer, float):  # at least the first block, unless there is none to choose from
+                index = min(max(self.first, round(layer * depth)), depth - 1)
+            if not self.first <= index < depth:
+                raise ConfigError(
+                    f"encoder.{kind}.layers: {layer} is not a block that the features of this tower come from; "
+                    f"valid: {self.first} to {depth - 1}, or a share of the depth between 0 and 1"
+                )
+            found.add(int(index))
+        return sorted(found)
+
+
+class Frames(Layered):
+    """Similar frames become one on entering these blocks (`holimerge.encoder.frames`).
+
+    layers: blocks of the tower, each an index of at least 1 or a share of the depth in (0, 1).
+    similarity: a frame whose running similarity to its segment's first frame is below starts a segment, in (0, 1].
+    longest: frames of a segment at most.
+    merge: two frames merge from this similarity on; null for that of their segment's first and last frame.
+    """
+
+    first: ClassVar[int] = 1
+    layers: list[int | float]
+    similarity: float = Field(0.65, gt=0, le=1)
+    longest: int = Field(8, ge=1)
+    merge: float | None = Field(None, ge=-1, le=1)
+
+
+class Tokens(Layered):
+    """Similar tokens of a frame become one in these blocks (`holimerge.encoder.tokens`).
+
+    layers: blocks of the tower, each an index or a share of the depth in (0, 1); null for all.
+    r: tokens merged away in each frame at each of these blocks (in Qwen ViTs windows of patches, the LLM's tokens); at
+        most half of those there are.
+    """
+
+    first: ClassVar[int] = 0
+    layers: list[int | float] | None = None
+    r: int = Field(ge=0)
+
+
+class Gate(Section):
+    """Frames that did not change are not encoded (`holimerge.encoder.gate`).
+
+    threshold: a patch has changed if the mean absolute difference of its pixel values, as the processor scales them,
+        is above this.
+    changed: a frame is encoded if more than this share of its patches has changed, in [0, 1).
+    """
+
+    threshold: float = Field(0.0, ge=0)
+    changed: float = Field(0.0, ge=0, lt=1)
+
+
+class Encoder(Section):
+    """Reduction inside the vision tower; the outer reduction then works on as many tokens as without it."""
+
+    frames: Frames | None = None
+    tokens: Tokens | None = None
+    gate: Gate | None = None
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Encoder:
+        given = [k for k in ("frames", "tokens", "gate") if getattr(self, k) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"exactly one of frames, tokens, gate is needed; got {' and '.join(given) if given else 'none'}"
+            )
+        return self
+
+    @property
+    def kind(self) -> str:
+        """The one that is given: frames, tokens or gate."""
+        return next(k for k in ("frames", "tokens", "gate") if getattr(self, k) is not None)

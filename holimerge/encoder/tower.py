@@ -1,0 +1,205 @@
+"""A vision tower as its family describes it, and the hooks that make its stock blocks work on less for one call.
+
+On entering a block its arguments are swapped for shorter ones; behind the last block every row is back in its place,
+with the features of the frame or token that stands for it. No forward of transformers is copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Hooks = list[tuple[Any, str, Any]]
+
+
+@dataclass(frozen=True)
+class Tower:
+    """One call of a vision tower.
+
+    blocks: those that make the features, in order; called with the hidden states first.
+    videos: (T, P) of each video: frames (temporal steps) and rows of the hidden states for each.
+    output: the module that returns every hidden state, where frames are the batch of the hidden states, [F, P, C]; None
+        where all rows are one sequence [S, C], called with `cu_seqlens` and `position_embeddings`, and no attention
+        leaves a frame.
+    readers: modules that read hidden states between the blocks of a sequence (deepstack).
+    unit: consecutive rows that stay together.
+    fixed: leading rows of a frame that never merge.
+    names: of a block's modules, dotted: what its MLP's input comes from, its MLP, its attention, and the module of that
+        whose output holds keys.
+    """
+
+    blocks: Sequence[Any]
+    videos: list[tuple[int, int]]
+    output: Any = None
+    readers: Sequence[Any] = ()
+    unit: int = 1
+    fixed: int = 0
+    names: tuple[str, str, str, str] = ("norm2", "mlp", "attn", "qkv")
+
+    @property
+    def batched(self) -> bool:
+        """Whether frames are the batch of the hidden states."""
+        return self.output is not None
+
+    @property
+    def rows(self) -> int:
+        """Rows of all videos."""
+        return sum(t * p for t, p in self.videos)
+
+
+@dataclass
+class EncoderReport:
+    """What the tower worked on in the last prompt.
+
+    kind: frames, tokens or gate.
+    total: rows of hidden states that each block would have seen (class tokens among them), all videos together.
+    rows: those that each block did see.
+    frames: per video, the frames (temporal steps) that the last block saw.
+    """
+
+    kind: str
+    total: int = 0
+    rows: list[int] = field(default_factory=list)
+    frames: list[int] = field(default_factory=list)
+
+    @property
+    def share(self) -> float:
+        """Rows seen as a share of those that there are, over all blocks."""
+        return sum(self.rows) / (self.total * len(self.rows)) if self.rows and self.total else 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, ready for JSON."""
+        return {
+            "kind": self.kind,
+            "total": self.total,
+            "rows": self.rows,
+            "frames": self.frames,
+            "share": round(self.share, 6),
+        }
+
+    def add(self, total: int, rows: list[int], frames: list[int]) -> None:
+        """Count another call of the tower."""
+        self.total += total
+        self.rows = [a + b for a, b in zip(self.rows or [0] * len(rows), rows, strict=True)]
+        self.frames += frames
+
+
+class Run:
+    """One call of a tower, with hooks for `holimerge.capture.captured`."""
+
+    def __init__(self, tower: Tower, layers: list[int], report: EncoderReport) -> None:
+        self.tower, self.layers, self.report = tower, layers, report
+        self.seen = [0] * len(tower.blocks)  # rows
+        self.kept: Tensor | None = None  # [S'] ascending, the rows whose places are left in a sequence; None for all
+        self.at = -1  # the block that runs
+        self._left = False  # the last block of a sequence has run
+        self._swapped: dict[int, tuple[Any, Any]] = {}  # shorter arguments by the id of the long ones, which stay alive
+        for block in tower.blocks:
+            if block.training and getattr(block, "gradient_checkpointing", False):
+                raise ValueError(
+                    "encoder: gradient checkpointing would compute the tower's blocks again without the merge; turn it "
+                    "off, or use a configuration without an encoder block"
+                )
+
+    def enter(self, block: int, hidden: Tensor) -> Tensor:
+        """The hidden states that a block is to see."""
+        raise NotImplementedError
+
+    def restored(self, hidden: Tensor, block: int) -> Tensor:
+        """[F, P, C] or [S, C]: every row again, from what a block returned."""
+        raise NotImplementedError
+
+    def spread(self, received: Tensor) -> Tensor:
+        """[F, P] or [S]: received attention of every row from that of the rows the last block saw.
+
+        A row takes its part of what stands for it: all of a merged frame's row, 1/s of a merged token of s.
+        """
+        raise NotImplementedError
+
+    def frames(self) -> list[int]:
+        """Frames of each video that are left."""
+        return [t for t, _ in self.tower.videos]
+
+    def bias(self, hidden: Tensor) -> Tensor | None:
+        """What a batch of frames adds to the logits of its attention."""
+        return None
+
+    def query_weight(self) -> Tensor | None:
+        """[F, n] or [S'], how many rows each query of the last block stands for; None for one each."""
+        return None
+
+    def widened(self, tables: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Rotary tables for the width that keys have."""
+        return tables
+
+    def hooks(self) -> Hooks:
+        tower = self.tower
+        hooks: Hooks = [(block, "arguments", self._entering(i)) for i, block in enumerate(tower.blocks)]
+        if tower.batched:
+            return [*hooks, (tower.output, "replace", self._all_states)]
+        hooks += [(reader, "swap", self._read) for reader in tower.readers]
+        return [*hooks, (tower.blocks[-1], "replace", self._leave)]
+
+    def _read(self, hidden: Tensor) -> Tensor:
+        return hidden if self._left else self.restored(hidden, self.at)
+
+    def _leave(self, hidden: Tensor) -> Tensor:
+        hidden = self._read(hidden)
+        self._left = True
+        self.report.add(self.tower.rows, self.seen, self.frames())
+        return hidden
+
+    def _all_states(self, output: Any) -> Any:
+        # Hidden state i + 1 is what block i returned. Those above the blocks that make the features are not read.
+        last = len(self.tower.blocks)
+        output.hidden_states = tuple(
+            x if x is None or not 1 <= i <= last else self.restored(x, i - 1)
+            for i, x in enumerate(output.hidden_states)
+        )
+        self.report.add(self.tower.rows, self.seen, self.frames())
+        return output
+
+    def _entering(self, block: int) -> Callable[[Any, Any], Any]:
+        def swap(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+            self.at = block
+            hidden, *rest = args  # every tower hands it over by place
+            shorter = self.enter(block, hidden)
+            self.seen[block] = shorter.shape[:-1].numel()
+            if not self.tower.batched:
+                return (shorter, *rest), kwargs if self.kept is None else self._shorter(kwargs, self.kept)
+            bias = self.bias(shorter)
+            if bias is None:
+                return (shorter, *rest), kwargs
+            return (shorter, bias), {k: v for k, v in kwargs.items() if k != "attention_mask"}
+
+        return swap
+
+    def _shorter(self, kwargs: dict[str, Any], kept: Tensor) -> dict[str, Any]:
+        """A block's arguments for a sequence of which only the rows `kept` are left."""
+
+        def once(value: Any, make: Callable[[], Any]) -> Any:
+            if id(value) not in self._swapped:
+                self._swapped[id(value)] = (value, make())
+            return self._swapped[id(value)][1]
+
+        spans, tables = kwargs["cu_seqlens"], kwargs["position_embeddings"]
+
+        def ends() -> Tensor:
+            left = torch.zeros(self.tower.rows + 1, dtype=torch.long, device=kept.device)
+            left[kept + 1] = 1
+            return left.cumsum(0)[spans.long()].unique_consecutive().to(spans.dtype)
+
+        return {
+            **kwargs,
+            "cu_seqlens": once(spans, ends),
+            "position_embeddings": once(tables, lambda: self.widened(tuple(table[kept] for table in tables))),
+        }
+
+    def shorten(self, kept: Tensor | None) -> None:
+        """From now on only these rows are left (None where frames are a batch)."""
+        self.kept = kept
+        self._swapped.clear()
