@@ -14,13 +14,14 @@ from typing import Any
 
 from ..allocation import largest_remainder
 from ..config import Budget, Config, ConfigError, Inner, load_config
-from ..cost import inner_kept, llm_prefill_exact
+from ..cost import inner_kept, llm_prefill_exact, merging_tokens, tower
 from ..shapes import Grid, ModelShape, TextShape
 from .device import Device
 from .predict import Clip, Prompt, Scheme, flops_share, memory_gib, memory_parts, predict
 
 INNER = {"layer": 0.643, "retain": 0.5}  # the presets'
 ENOUGH = 0.1  # share of tokens below which a milder setting gives way to a stronger one; the lowest one published
+MERGED = (0.25, 0.5)  # shares of a frame's tokens that settings inside the tower merge away over its depth
 _PRESETS = (0.05, 0.1, 0.15, 0.25)
 _MOST_FRAMES = 2**20
 
@@ -172,9 +173,19 @@ class EncoderSetting:
     tower_share: float
 
 
-def encoder_settings(shape: ModelShape) -> list[EncoderSetting]:
-    """What may be set inside the tower of such a model, mildest first; none today."""
-    return []
+def encoder_settings(shape: ModelShape, grid: Grid | None = None) -> list[EncoderSetting]:
+    """What may be set inside the tower of such a model, mildest first: merging tokens in every block, whose work is
+    known before a video is seen. A windowed tower has none."""
+    vision = shape.vision
+    if vision.window:
+        return []
+    rows, columns = vision.frame_grid(grid)
+    tokens, whole = rows * columns // vision.merge**2, tower(vision, 1, grid)
+    amounts = {round(share * tokens / vision.layers) for share in MERGED}
+    works = {r: merging_tokens(vision, 1, grid, range(vision.layers), r) for r in sorted(amounts) if r}
+    return [
+        EncoderSetting({"encoder": {"tokens": {"r": r}}}, tower(vision, 1, grid, w) / whole) for r, w in works.items()
+    ]
 
 
 @dataclass(frozen=True)
@@ -259,7 +270,7 @@ def plan(setting: Setting, budget: Budget, frames: int) -> Choice:
         return _choice(stock, frames, total, {"method": "keep_all"})
     best: tuple[int, Choice] | None = None
     errors: list[ImpossibleError] = []
-    for encoder in (None, *(setting.encoders or encoder_settings(setting.shape))):
+    for encoder in (None, *(setting.encoders or encoder_settings(setting.shape, setting.grid))):
         share = 1.0 if encoder is None else encoder.tower_share
         for inner in (None, INNER) if setting.inner else (None,):
             scheme = _scheme(setting.shape, inner, share)
