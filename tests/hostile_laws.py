@@ -139,7 +139,9 @@ def right(
         fresh = recomputed(model, family, masked, answer_of(ours.output, x), selection)
         # Where a prompt ends in a video, stock generation goes on from its last position on every axis, a recomputation
         # from the largest: the answers differ unpatched too.
-        alike = 1 if case.bare and TOYS[family].mrope and not handle.contiguous else len(fresh)
+        last = report.videos[-1]  # a whole video keeps its positions
+        as_stock = TOYS[family].mrope and (not handle.contiguous or last.entering == last.features)
+        alike = 1 if case.bare and as_stock else len(fresh)
         for mine, theirs in list(zip(ours.logits, fresh, strict=True))[:alike]:  # (c)
             close(mine, theirs, case)
     if len(case.rows) > 1:
