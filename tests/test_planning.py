@@ -16,11 +16,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_up import HERE, device
+from patching import handle_of
 from toys import build, make_model, make_video, prompt
 
 import holimerge
-from holimerge.config import Budget, ConfigError
+from holimerge.config import Budget, ConfigError, load_config
 from holimerge.cost import inner_kept, largest_budget, llm_prefill_exact
+from holimerge.encoding import Grid
 from holimerge.eval.toy import toy_config
 from holimerge.planning import calibrate, solve
 from holimerge.planning.device import (
@@ -32,9 +34,20 @@ from holimerge.planning.device import (
     read_table,
     save_device,
 )
+from holimerge.planning.patched import row_of
 from holimerge.planning.predict import Clip, Prompt, Scheme, memory_gib, memory_parts, predict
-from holimerge.planning.solve import EncoderSetting, ImpossibleError, Row, Setting, most_frames, plan, share_out
-from holimerge.shapes import load_shape, shape_of, text_shape
+from holimerge.planning.solve import (
+    EncoderSetting,
+    ImpossibleError,
+    Row,
+    Setting,
+    encoder_settings,
+    most_frames,
+    plan,
+    share_out,
+    tower_share,
+)
+from holimerge.shapes import SHAPES, build_config, load_shape, shape_of, text_shape
 
 # ---------------------------------------------------------------------- tables
 
@@ -576,3 +589,35 @@ def test_the_attention_that_is_measured_is_the_models(monkeypatch):
     eager = calibrate.attention_function("eager")(module, q, k, v, mask, dropout=0.0, scaling=0.3)[0]
     sdpa = calibrate.attention_function("sdpa")(module, q, k, v, None, dropout=0.0, scaling=0.3, is_causal=True)[0]
     assert torch.allclose(eager, sdpa, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llava-onevision-7b", "qwen2.5-vl-7b", "qwen3-vl-8b"])
+def test_settings_inside_the_tower_are_those_whose_work_is_known(name):
+    known = SHAPES[name]
+    shape = shape_of(build_config(known))
+    settings = encoder_settings(shape, known.grid)
+    if name == "qwen2.5-vl-7b":  # windows
+        assert settings == []
+        return
+    vision = shape.vision
+    rows, columns = vision.frame_grid(known.grid)
+    tokens = rows * columns // vision.merge**2
+    assert 1 > settings[0].tower_share > settings[1].tower_share > 0.4
+    for setting, share in zip(settings, (0.25, 0.5), strict=True):
+        encoder = load_config({"base": "holimerge-10", **setting.config}).encoder
+        assert abs(encoder.tokens.r * vision.layers - share * tokens) <= vision.layers / 2
+        assert setting.tower_share == tower_share(vision, encoder, known.grid)
+    unknown = load_config("holimerge-10-fast").encoder  # which frames merge depends on the video
+    assert tower_share(vision, unknown, known.grid) == tower_share(vision, None, known.grid) == 1
+
+
+def test_a_patched_model_counts_what_its_tower_is_left_to_do():
+    model = make_model("llava_onevision")
+    shares = []
+    for encoder in (None, {"tokens": {"r": 2}}):
+        cfg = load_config({"method": "holitom", "budget": {"memory_gib": 10}, "encoder": encoder})
+        holimerge.patch_model(model, cfg)
+        row = row_of(handle_of(model), [Grid(4, 4, 4)], 10)
+        shares.append(row.scheme.tower_share)
+        assert shares[-1] == tower_share(shape_of(model.config).vision, cfg.encoder, None)
+    assert shares[0] == 1 > shares[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..config import Budget, ConfigError
@@ -10,7 +11,7 @@ from ..encoding import Grid
 from ..shapes import ModelShape, shape_of, text_shape
 from .device import Device
 from .predict import Clip, Prompt, Scheme
-from .solve import Row
+from .solve import Row, tower_share
 
 if TYPE_CHECKING:
     from ..handle import Handle
@@ -59,7 +60,8 @@ def row_of(handle: Handle, grids: Sequence[Grid], rest: int) -> Row:
     element = next(handle.lm.parameters()).element_size()
     prompt = Prompt(shape, tuple(_clip(shape, grid) for grid in grids), rest, weights, element)
     device = device_of(handle) if budget.ttft_ms is not None else None
-    return Row(row.text, totals, rest, row.scheme, prompt, device, _attention(handle) == "eager")
+    scheme = replace(row.scheme, tower_share=tower_share(shape.vision, handle.config.encoder, prompt.clips[0].grid))
+    return Row(row.text, totals, rest, scheme, prompt, device, _attention(handle) == "eager")
 
 
 def _clip(shape: ModelShape, grid: Grid) -> Clip:

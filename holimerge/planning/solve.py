@@ -14,8 +14,9 @@ from typing import Any
 
 from ..allocation import largest_remainder
 from ..config import Budget, Config, ConfigError, Inner, load_config
-from ..cost import inner_kept, llm_prefill_exact, merging_tokens, tower
-from ..shapes import Grid, ModelShape, TextShape
+from ..cost import inner_kept, llm_prefill_exact, tower, tower_work
+from ..encoder.options import Encoder, Tokens
+from ..shapes import Grid, ModelShape, TextShape, VisionShape
 from .device import Device
 from .predict import Clip, Prompt, Scheme, flops_share, memory_gib, memory_parts, predict
 
@@ -180,12 +181,20 @@ def encoder_settings(shape: ModelShape, grid: Grid | None = None) -> list[Encode
     if vision.window:
         return []
     rows, columns = vision.frame_grid(grid)
-    tokens, whole = rows * columns // vision.merge**2, tower(vision, 1, grid)
+    tokens = rows * columns // vision.merge**2
     amounts = {round(share * tokens / vision.layers) for share in MERGED}
-    works = {r: merging_tokens(vision, 1, grid, range(vision.layers), r) for r in sorted(amounts) if r}
+    encoders = [Encoder(tokens=Tokens(layers=None, r=r)) for r in sorted(amounts) if r]
     return [
-        EncoderSetting({"encoder": {"tokens": {"r": r}}}, tower(vision, 1, grid, w) / whole) for r, w in works.items()
+        EncoderSetting({"encoder": {"tokens": {"r": found.tokens.r}}}, tower_share(vision, found, grid))
+        for found in encoders
+        if found.tokens is not None
     ]
+
+
+def tower_share(vision: VisionShape, encoder: Encoder | None, grid: Grid | None) -> float:
+    """FLOPs of the tower that an `encoder` block leaves; 1 where that depends on the video."""
+    work = tower_work(vision, encoder, 1, grid)
+    return 1.0 if work is None else tower(vision, 1, grid, work) / tower(vision, 1, grid)
 
 
 @dataclass(frozen=True)
