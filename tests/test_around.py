@@ -26,6 +26,7 @@ import holimerge
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch.*", "ignore::UserWarning:accelerate.*")
 CPU = torch.device("cpu")
+NEEDS_BITSANDBYTES = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 NEEDS_TORCHAO = pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
 
 
@@ -122,10 +123,32 @@ def int8_decoder(model: Any, family: str, _folder: Path) -> Any:
     return model
 
 
-def with_rounded_decoder(family: str) -> Any:
+def four_bit_decoder(model: Any, family: str, _folder: Path) -> Any:
+    from bitsandbytes.nn import Linear4bit
+
+    decoder = TOYS[family].language_model(model)
+    for name, module in list(decoder.named_modules()):
+        if type(module) is torch.nn.Linear:
+            packed = Linear4bit(
+                module.in_features, module.out_features, module.bias is not None, compute_dtype=torch.float32
+            )
+            packed.load_state_dict(module.state_dict())
+            decoder.set_submodule(name, packed.to(CPU))  # weights are packed when they are moved
+    return model
+
+
+def unpacked(module: torch.nn.Module) -> torch.Tensor:
+    if type(module) is torch.nn.Linear:
+        return module.weight.dequantize()
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(module.weight.data, module.weight.quant_state)
+
+
+def with_rounded_decoder(family: str, change: Callable[[Any, str, Path], Any]) -> Any:
     model = make_model(family)
-    rounded = TOYS[family].language_model(int8_decoder(make_model(family), family, Path())).named_modules()
-    weights = {name: m.weight.dequantize() for name, m in rounded if type(m) is torch.nn.Linear}
+    rounded = TOYS[family].language_model(change(make_model(family), family, Path())).named_modules()
+    weights = {name: unpacked(m) for name, m in rounded if isinstance(m, torch.nn.Linear)}
     for name, module in TOYS[family].language_model(model).named_modules():
         if name in weights:
             module.weight.data = weights[name]
@@ -167,11 +190,13 @@ CHANGES = {
     "lora merged and unloaded": Change(lambda m, f, _: with_lora(m, f).merge_and_unload(), with_merged_weights),
     "lora left again": Change(lora_left_again),
     "lora of transformers": Change(lora_of_transformers, with_merged_weights),
-    "int8 weights": Change(int8_decoder, with_rounded_decoder),
+    "int8 weights": Change(int8_decoder, partial(with_rounded_decoder, change=int8_decoder)),
+    "4-bit weights": Change(four_bit_decoder, partial(with_rounded_decoder, change=four_bit_decoder)),
     "int8 activations": Change(dynamic_decoder, like=None),
 }
 MARKS = {
     "int8 weights": [NEEDS_TORCHAO],
+    "4-bit weights": [NEEDS_BITSANDBYTES],
     "int8 activations": [pytest.mark.filterwarnings("ignore::DeprecationWarning")],
 }
 NAMES = [pytest.param(name, marks=MARKS.get(name, [])) for name in CHANGES]
@@ -254,7 +279,7 @@ def test_adapters_are_switched_while_patched(family):
         assert (one - other).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n.values[0].startswith(("int8 weights", "lora"))])
+@pytest.mark.parametrize("name", [n for n in NAMES if n.values[0].startswith(("int8 weights", "4-bit", "lora"))])
 def test_a_changed_model_s_cache_equals_recomputation(family, name, tmp_path):
     model = CHANGES[name].do(make_model(family), family, tmp_path)
     holimerge.patch_model(model, most(family))
