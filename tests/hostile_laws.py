@@ -316,6 +316,8 @@ def _axes(positions: Tensor | None) -> Tensor | None:
 def output(model: Any, family: str, case: Case, ours: Outcome, keeps: list[Tensor]) -> None:
     """What comes out, without an inner merge: the stock language model's answer to what entered, at its columns."""
     entered = {k: v for k, v in ours.entered.items() if k not in ("past_key_values", "use_cache")}
+    if entered.get("attention_mask") is None:  # without a cache, positions with gaps are taken for packed sequences
+        entered["attention_mask"] = torch.ones(entered["inputs_embeds"].shape[:2], dtype=torch.long)
     with torch.no_grad():
         hidden = TOYS[family].language_model(model)(**entered, use_cache=False).last_hidden_state
         expected = model.get_output_embeddings()(hidden)
