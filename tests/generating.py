@@ -28,7 +28,7 @@ IN_SEQUENCE = ("input_ids", "attention_mask", "mm_token_type_ids")
 # ------------------------------------------------------------------------------------------------------------ cases
 
 # What surrounds their decoders is another family's. The laws run on them all the same; these tests do so at night.
-TWINS = ("glm46v", "glm4v_moe", "qwen3_5_moe", "qwen3_vl_moe")
+TWINS = ("glm46v", "glm4v_moe", "qwen2_vl", "qwen3_5_moe", "qwen3_vl_moe")
 TESTED = [name for name in FAMILIES if name not in TWINS or os.environ.get("HOLIMERGE_ALL_FAMILIES")]
 
 

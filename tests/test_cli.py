@@ -112,6 +112,7 @@ def expected_answer(folder: str, clip: str, config: str | None, **loading: Any) 
 # --- ask -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("family", ["qwen2_5_vl"])  # starting takes seconds; both answer below, in this process
 def test_ask_as_a_process(checkpoints: dict[str, str], clip: str, family: str) -> None:
     command = [sys.executable, "-m", "holimerge.eval.cli", "ask", clip, QUESTION, "--model", checkpoints[family]]
     command += ["--config", "holimerge-25", "--frames", "6", "--max-new-tokens", "7", "--json"]
