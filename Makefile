@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 LMMS := $(VENV)-lmms
 OLDEST := $(VENV)-oldest
+QUANTISED := $(VENV)-quantised
 WORKERS ?= 2
 SPREAD := -n $(WORKERS) --dist worksteal
 # what also runs on the oldest supported transformers
@@ -14,7 +15,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test nightly test-oldest test-lmms train-tiny lint format bench bench-gpu notebooks wheel clean
+.PHONY: setup demo test nightly test-oldest test-quantised test-lmms train-tiny lint format bench bench-gpu notebooks wheel clean
 
 setup: $(STAMP)
 
@@ -29,9 +30,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/holimerge demo
 
-test: setup lint $(LMMS)/.installed $(OLDEST)/.installed
+test: setup lint $(LMMS)/.installed $(OLDEST)/.installed $(QUANTISED)/.installed
 	$(BIN)/pytest $(SPREAD) tests
-	$(MAKE) test-oldest
+	$(MAKE) test-oldest test-quantised
 
 # hostile inputs: many cases, drawn anew each time, on every family; a failing case is printed
 nightly: setup
@@ -41,6 +42,13 @@ nightly: setup
 # a few families only, unless HOLIMERGE_ALL_FAMILIES is set
 test-oldest: $(OLDEST)/.installed
 	HOLIMERGE_SOME_FAMILIES=1 $(OLDEST)/bin/python -P -m pytest $(SPREAD) $(MODEL_TESTS)
+
+# decoders quantised by torchao and bitsandbytes
+test-quantised: $(QUANTISED)/.installed
+	$(QUANTISED)/bin/python -P -m pytest $(SPREAD) tests/test_around.py -k weights
+
+$(QUANTISED)/.installed: $(STAMP) constraints-quantised.txt
+	$(call on_top,$(QUANTISED),constraints-quantised.txt)
 
 # $(1): an environment that sees the main one's packages, and on top of them exactly what $(2) lists
 define on_top
@@ -91,4 +99,4 @@ wheel: setup
 	$(BIN)/python -m build --outdir dist .
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(LMMS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(LMMS) $(QUANTISED) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

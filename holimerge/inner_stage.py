@@ -76,7 +76,7 @@ class InnerStage:
         # full attention below it, whose scores rank the tokens; no windows above it; above what deepstack adds
         windows = [i for i, kind in enumerate(self.types) if kind not in ("full_attention", "linear_attention")]
         lowest = max([1, deepstack, *(i + 1 for i in windows)])
-        valid = [i + 1 for i in full if lowest <= i + 1 < depth]
+        valid = [i + 1 for i in full if lowest <= i + 1 <= max(full)]  # and some above it that keeps tokens
         self.layer = options.resolve(depth, valid)
         if self.layer not in valid:
             kinds = ", ".join(sorted(set(self.types)))

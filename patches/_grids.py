@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from holimerge.attention import received_attention, rotate
 from holimerge.capture import captured, first_argument
 from holimerge.encoder.tower import Tower
 from holimerge.encoding import Encoded, Grid, Level, Request
 from holimerge.tokens import VideoTokens
 
+from ._grid_attention import projections, received_by_patch
 from .base import Family
 
 
@@ -175,44 +174,17 @@ class GridFamily(Family):
             hooks += [(merger, "swap", remember), (merger, "replace", number)]
         if request.scored:
             hooks += [(attention, "in", "call")]
-            hooks += [(module, "out", name) for name, module in _projections(attention).items()]
+            hooks += [(module, "out", name) for name, module in projections(attention).items()]
         with captured(hooks) as got:
             orders = [rows.squeeze(1) for rows in features(**{**arguments, "return_dict": True}).pooler_output]
         # deepstack mergers run before the last one
         levels = [seen[-1], *seen[:-1]]
         received = None
         if request.scored:
-            received = self._received(attention, got, None if run is None else run.query_weight())
+            received = received_by_patch(attention, got, None if run is None else run.query_weight())
             received = received if run is None else run.spread(received)
             received = self.pooled_scores(core, received, self.merge_sizes(core, arguments), _grid(arguments)[1])
         return [([x[order] for x in levels], None if received is None else received[order]) for order in orders]
-
-    def _received(self, attention: Any, got: dict[str, Any], weight: Tensor | None = None) -> Tensor:
-        """[S] float32, attention each patch received inside its attention span, in the tower's own order.
-
-        weight: [S], how many patches each query stands for.
-        """
-        call = got["call"]
-        heads = attention.num_heads
-        if "qkv" in got:
-            q, k, _ = got["qkv"].unflatten(-1, (3, heads, -1)).unbind(1)
-        else:
-            q, k = (got[name].unflatten(-1, (heads, -1)) for name in _projections(attention))
-        cos, sin = (x[:, None].float() for x in call["position_embeddings"])
-        q, k = (rotate(x.float(), cos, sin).to(x.dtype) for x in (q, k))
-        ends = call["cu_seqlens"].tolist()
-        lengths = [b - a for a, b in pairwise(ends)]
-        parts, start, i = [], 0, 0
-        while i < len(lengths):  # runs of equal spans go together; the last block's spans are whole frames
-            j = i
-            while j < len(lengths) and lengths[j] == lengths[i]:
-                j += 1
-            stop = start + (j - i) * lengths[i]
-            spans = [x[start:stop].unflatten(0, (j - i, lengths[i])).transpose(1, 2) for x in (q, k)]
-            counts = None if weight is None else weight[start:stop].unflatten(0, (j - i, lengths[i]))
-            parts.append(received_attention(spans[0], spans[1], attention.scaling, weight=counts).flatten())
-            start, i = stop, j
-        return torch.cat(parts)
 
 
 def _frames_of(x: Tensor, frames: list[int]) -> Tensor:
@@ -224,11 +196,3 @@ def _grid(arguments: dict[str, Any]) -> tuple[str, Tensor]:
     """The name and value of the grid argument."""
     name = first_argument(arguments, "video_grid_thw", "image_grid_thw")
     return name, arguments[name]
-
-
-def _projections(attention: Any) -> dict[str, Any]:
-    """The modules that make queries and keys, by name: one for both, or two."""
-    for names in (("qkv",), ("q", "k"), ("q_proj", "k_proj")):
-        if hasattr(attention, names[0]):
-            return {name: getattr(attention, name) for name in names}
-    raise AttributeError(f"{type(attention).__name__} has no query projection that is known")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._frames import LlavaFamily
+from ._llava import LlavaFamily
 
 
 class LlavaNextVideo(LlavaFamily):

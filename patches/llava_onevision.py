@@ -16,7 +16,8 @@ from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOn
 from holimerge.encoding import Encoded, Grid, Level
 from holimerge.tokens import MergeRecord, VideoTokens
 
-from ._frames import LlavaFamily, spans
+from ._frames import spans
+from ._llava import LlavaFamily
 
 
 def bilinear_taps(size: int, device: torch.device) -> tuple[Tensor, Tensor]:

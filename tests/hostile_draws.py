@@ -62,7 +62,8 @@ def configs(draw: st.DrawFn, family: str) -> dict[str, Any]:
     """Presets, changed or not, and every method with any of its options."""
     toy = TOYS[family]
     if draw(st.booleans()):
-        name = draw(st.sampled_from(list_presets()))
+        # what a tower gives that reduces inside itself has laws of its own: see test_encoder
+        name = draw(st.sampled_from([name for name in list_presets() if load_config(name).encoder is None]))
         config: dict[str, Any] = {"base": name}
         method = load_config(name).method
     else:

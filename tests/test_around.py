@@ -27,8 +27,12 @@ import holimerge
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch.*", "ignore::UserWarning:accelerate.*")
 CPU = torch.device("cpu")
-NEEDS_BITSANDBYTES = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
-NEEDS_TORCHAO = pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
+NEEDS_BITSANDBYTES = pytest.mark.skipif(
+    find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed: see make test-quantised"
+)
+NEEDS_TORCHAO = pytest.mark.skipif(
+    find_spec("torchao") is None, reason="torchao is not installed: see make test-quantised"
+)
 
 
 @pytest.fixture(params=SOME)
