@@ -343,3 +343,10 @@ def test_a_selection_without_inner_choices_replays_the_outer_ones_and_chooses_th
         assert torch.equal(logits(model, x), expected)
     with pytest.raises(ValueError, match="0 videos, the prompt 1"), handle_of(model).replaying(type(chosen)([])):
         logits(model, x)
+
+
+def test_an_inner_merge_needs_a_layer_above_it_that_keeps_tokens():
+    layers = ["linear_attention", "full_attention", "linear_attention"]
+    model = make_model("qwen3_5", num_hidden_layers=3, layer_types=layers)
+    with pytest.raises(holimerge.ConfigError, match=r"inner.layer: 2 cannot be used: .* valid: none"):
+        holimerge.patch_model(model, preset("holimerge-25", True))
