@@ -17,8 +17,9 @@ def pairwise_distances(x: Tensor, valid: Tensor) -> Tensor:
     Returns:
         [S, n, n], symmetric, 0 on the diagonal of valid rows.
     """
-    # Distances survive a shift; near the origin the subtraction below loses the fewest digits.
-    x.sub_(x.sum(1, keepdim=True).div_(valid.sum(1)[:, None, None].clamp_min(1)))
+    # Distances survive a shift; near the origin the subtraction below loses few digits. A point of the set, unlike its
+    # mean, is not rounded: points that are exactly alike far apart stay so, and tie.
+    x.sub_(x[:, :1].clone())
     product = x @ x.mT
     square = product.diagonal(dim1=1, dim2=2)
     # summed with its own transpose: exactly symmetric, so that mutual neighbours tie, and exactly 0 on the diagonal

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import holimerge.tokens as tokens_module
+from holimerge.cluster import density_peaks, pairwise_distances
 from holimerge.methods.holitom import HolitomOptions, _reduced, reduce
 from holimerge.segment import optimal_segments, pair_cosines, run_lengths, window_counts
 from holimerge.tokens import Target, VideoTokens, sum_of_rows
@@ -200,3 +201,13 @@ def test_sums_of_lower_precision_are_formed_in_float32_in_pieces_of_any_size(mon
         found = sum_of_rows(x, rows, starts, weights=weights)
         assert found.dtype == torch.float32
         torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_equal_distances_of_tokens_tie_and_the_lower_index_is_the_centre():
+    # from a drawn video: the mean of these three is no binary fraction, so distances from it would be rounded apart
+    points = [[1, 1, 1, 0, 1, 1], [0, 1, 0, -1, 1, 1], [1, 0, 1, 1, 0, 1]]
+    for dtype in (torch.float32, torch.float64):
+        x, valid = torch.tensor([points], dtype=dtype), torch.ones(1, 3, dtype=torch.bool)
+        gap = pairwise_distances(x.clone(), valid)[0]
+        assert gap[0, 1] == gap[0, 2] == 0.5
+        assert density_peaks(x, valid, torch.tensor([2]), 7, 2).tolist() == [[0, 1, 0]]

@@ -113,7 +113,8 @@ def test_these_are_right_or_clearly_refused(family: str, name: str, record_prope
     verdict = check(family, case)
     record_property("cases", 1)
     if case.poisoned:
-        assert verdict == "refused: not finite"
+        # VideoLLaMA3's processor drops tokens by comparing pixels, which is refused before they are looked at
+        assert verdict in ("refused: not finite", "refused: video_compression_mask")
     elif name == "no FLOPs":
         assert verdict in (r"refused: budget\.flops: .* leaves ", "refused: no FLOPs model")
     elif name == "all FLOPs":
