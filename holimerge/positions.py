@@ -83,7 +83,8 @@ def _renumbered_videos(axes: Tensor, placeholder: Tensor, keep: Tensor, dropped:
             if bool(dropped[row, span].any()):
                 start = int(original[0, column])  # a video's first token stands at its start on every axis
                 kept = int(keep[row, span].sum())
-                axes[:, row, span] = start - shift + (keep[row, span].long().cumsum(0) - 1).clamp_min(0)
+                place = (keep[row, span].long().cumsum(0) - 1).clamp_min(0 if kept else -1)
+                axes[:, row, span] = start - shift + place  # with none left, where the one before stands: see `shift`
                 after = int(original[:, end].min()) if end < length and bool(keep[row, end]) else start + kept
                 shift += after - start - kept
             else:

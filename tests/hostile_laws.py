@@ -142,8 +142,9 @@ def right(
         last = report.videos[-1]  # a whole video keeps its positions
         as_stock = TOYS[family].mrope and (not handle.contiguous or last.entering == last.features)
         alike = 1 if case.bare and as_stock else len(fresh)
+        asked = real_columns(family, case, x).any(1)  # a row of padding alone has no right answer
         for mine, theirs in list(zip(ours.logits, fresh, strict=True))[:alike]:  # (c)
-            close(mine, theirs, case)
+            close(mine[asked], theirs[asked], case)
     if len(case.rows) > 1:
         rows_alone(model, family, case, x, ours, selection)
     return keeps if handle.inner is None and case.call == "forward" else None

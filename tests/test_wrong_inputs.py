@@ -9,7 +9,7 @@ import oracle
 import pytest
 import torch
 from hostile import Case, Clip, inputs, sizes_of_videos
-from patching import generate, handle_of, logits, patch, preset
+from patching import check_cached, generate, handle_of, logits, patch, preset
 from toys import SOME, TOYS, build, make_model, make_video
 
 import holimerge
@@ -172,3 +172,15 @@ def test_with_similarity_one_a_still_video_is_one_frame_as_the_oracle_says() -> 
     record = reduce(tokens, Target(20, 20 / 72), HolitomOptions(similarity=1.0))
     assert record.temporal == expected.removed == 12 * 3 + 12 * 1  # four frames, then two
     assert record.anchor.tolist() == [token.anchor for token in expected.kept]
+
+
+@pytest.mark.parametrize("family", ["glm4v", "qwen3_vl"])
+def test_an_answer_goes_on_where_a_video_ended_whose_last_frame_is_gone(family):
+    # black frames: nothing of the last one stays, and the prompt ends with its placeholders
+    model = make_model(family)
+    holimerge.patch_model(model, {"base": "holitom-05", "inner": None})
+    video = torch.zeros_like(make_video(family, frames=4))
+    x = TOYS[family].only_placeholders_at_the_end(build(family, [[5, 6, video]]))
+    check_cached(model, family, x, 4)
+    last = holimerge.last_report(model).videos[0].record
+    assert last.kept_per_frame()[-1] == 0
