@@ -44,7 +44,7 @@ class Change(NamedTuple):
 def benches(gpu: bool) -> list[Bench]:
     """All benches for a machine with or without a GPU; without one the shapes are small."""
     from .bench import bench_model
-    from .bench_decode import bench_decode
+    from .bench_decode import LENGTHS, bench_decode
     from .bench_growth import bench_growth
     from .bench_more_frames import bench_more_frames
     from .bench_planner import SHAPES, bench_shape
@@ -59,7 +59,9 @@ def benches(gpu: bool) -> list[Bench]:
         Bench(f"more-frames-{shapes[0]}", partial(bench_model, shape=shapes[0], configs=more, frames=few, new_tokens=0))
     )
     found.append(Bench(f"growth-{SIDE * SIDE}x{WIDTH}", bench_growth))
-    found.append(Bench(f"decode-{shapes[0]}", partial(bench_decode, shape=shapes[0])))
+    found.append(
+        Bench(f"decode-{shapes[0]}", partial(bench_decode, shape=shapes[0], lengths=LENGTHS if gpu else LENGTHS[:2]))
+    )
     if gpu:
         return found
     found += [Bench(f"reduction-{frames}x{SIDE * SIDE}x{WIDTH}", partial(bench_case, frames)) for frames in CASES]
