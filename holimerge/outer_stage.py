@@ -259,7 +259,9 @@ class OuterStage:
         assert budget is not None
         totals = [grid.total for grid in grids]
         if not budget.of_prompt:
-            return [Target(k, budget.retain or k / n, budget.exact) for k, n in ((budget.keep(n), n) for n in totals)]
+            # the share as it is written, where the count alone does not bind
+            counts = [(budget.keep(n), n) for n in totals]
+            return [Target(k, (budget.tokens is None and budget.retain) or k / n, budget.exact) for k, n in counts]
         name = f"budget.{budget.of_prompt[0]}"
         mask = handle.family.placeholders(handle.core, kind, source.input_ids, source.inputs_embeds)
         if inside is not None:

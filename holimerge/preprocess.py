@@ -79,6 +79,17 @@ class Settings:
         if len(self.size) != 2 or any(not isinstance(n, int) or n < 1 for n in (*whole, self.merge_size)):
             raise ValueError(f"{where}: sizes must be whole numbers of at least 1: {self}")
 
+    def _bounds(self) -> dict[str, Any]:
+        """What decides the size of a Qwen-VL frame, as keyword arguments."""
+        return {
+            "patch_size": self.patch_size,
+            "temporal_patch_size": self.temporal_patch_size,
+            "merge_size": self.merge_size,
+            "min_pixels": self.min_pixels,
+            "max_pixels": self.max_pixels,
+            "max_video_tokens": self.max_video_tokens if self.cap_pixels_per_frame else None,
+        }
+
     def frame_size(self, frames: int, height: int, width: int) -> tuple[int, int]:
         """(height, width) to which every frame of a video of so many frames is resized."""
         if self.model_type in LLAVA:
@@ -87,12 +98,7 @@ class Settings:
             frames,
             height,
             width,
-            patch_size=self.patch_size,
-            temporal_patch_size=self.temporal_patch_size,
-            merge_size=self.merge_size,
-            min_pixels=self.min_pixels,
-            max_pixels=self.max_pixels,
-            max_video_tokens=self.max_video_tokens if self.cap_pixels_per_frame else None,
+            **self._bounds(),
         )
 
     def fit(self, picture: np.ndarray, frames: int) -> np.ndarray:
@@ -122,12 +128,7 @@ class Settings:
             return {"pixel_values_videos": llava_onevision_pixels(frames, size=self.size, **common)}
         values, grid = qwen2_vl_pixels(
             frames,
-            patch_size=self.patch_size,
-            temporal_patch_size=self.temporal_patch_size,
-            merge_size=self.merge_size,
-            min_pixels=self.min_pixels,
-            max_pixels=self.max_pixels,
-            max_video_tokens=self.max_video_tokens if self.cap_pixels_per_frame else None,
+            **self._bounds(),
             total=total,
             **common,
         )
