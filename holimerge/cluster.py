@@ -28,7 +28,7 @@ def pairwise_distances(x: Tensor, valid: Tensor) -> Tensor:
     return gap.masked_fill_(~(valid[:, :, None] & valid[:, None, :]), torch.inf)
 
 
-def density_peaks(x: Tensor, valid: Tensor, centres: Tensor, neighbours: int, most: int) -> Tensor:
+def density_peaks(x: Tensor, valid: Tensor, centres: Tensor, neighbours: int, most: int, least: int = 1) -> Tensor:
     """Assign the points of each set to its density peaks.
 
     Args:
@@ -37,31 +37,36 @@ def density_peaks(x: Tensor, valid: Tensor, centres: Tensor, neighbours: int, mo
         centres: [S] int64, how many centres each set gets, at least 1 and at most its number of points.
         neighbours: the density of a point is exp(-mean of its k smallest squared distances, its own 0 included), with
             k = min(neighbours, centres of the set).
-        most: the largest of `centres`, as a Python number (so that no device has to be asked).
+        most, least: the largest of `centres` and a number that none is below, as Python numbers (so that no device has
+            to be asked).
 
     Returns:
         [S, n] int64: the row of the centre each point belongs to; a centre belongs to itself, padding to row 0 or so.
     """
     gap = pairwise_distances(x, valid)
-    distance = gap.sqrt()
+    distance, padding = gap.sqrt(), ~valid
     n = x.shape[1]
     index = torch.arange(n, device=x.device)
-    k = centres.clamp(max=neighbours)[:, None, None]
     nearest = gap.topk(min(neighbours, most, n), dim=-1, largest=False).values
-    used = torch.arange(nearest.shape[-1], device=x.device) < k
     # The logarithm of the density: it orders points alike and cannot underflow where distances are large.
-    density = -(torch.where(used, nearest, 0).sum(-1) / k[..., 0])
-    density = density.masked_fill(~valid, -torch.inf)
+    if least >= neighbours:  # every set has that many centres
+        density = nearest.sum(-1) / -neighbours
+    else:
+        k = centres.clamp(max=neighbours)[:, None, None]
+        used = torch.arange(nearest.shape[-1], device=x.device) < k
+        density = -(torch.where(used, nearest, 0).sum(-1) / k[..., 0])
+    density = density.masked_fill(padding, -torch.inf)
+    # padding is never denser than a point
     higher = density[:, None, :] > density[:, :, None]
     equal = density[:, None, :] == density[:, :, None]
-    denser = (higher | (equal & (index[None, :] < index[:, None]))) & valid[:, None, :]
-    furthest = distance.masked_fill(~torch.isfinite(distance), 0).amax((1, 2))
+    denser = higher | (equal & (index[None, :] < index[:, None]))
+    furthest = distance.nan_to_num(posinf=0.0).amax((1, 2))
     separation = distance.masked_fill(~denser, torch.inf).amin(-1)
-    separation = torch.where(torch.isinf(separation), furthest[:, None], separation)
-    score = (density + separation.log()).masked_fill(~valid, -torch.inf)
+    separation = separation.minimum(furthest[:, None])  # of the densest point, which has none that is denser
+    score = (density + separation.log()).masked_fill(padding, -torch.inf)
     # A point that coincides with a denser one scores -inf like padding; the stable sort puts points first.
-    rank = score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-    is_centre = (rank < centres[:, None]) & valid
+    order = score.argsort(dim=-1, descending=True, stable=True)
+    is_centre = torch.zeros_like(valid).scatter_(1, order, index < centres[:, None])
     owner = distance.masked_fill(~is_centre[:, None, :], torch.inf).argmin(-1)
     return torch.where(is_centre, index, owner)
 
@@ -77,10 +82,9 @@ def centre_weights(owner: Tensor, valid: Tensor, beta: float | None, dtype: torc
     Returns:
         [S, n] of `dtype`; the weights of a cluster sum to one. A centre alone has weight 1.
     """
-    is_centre = owner == torch.arange(owner.shape[1], device=owner.device)
-    # members other than the centre, seen from every member
-    others = torch.zeros_like(owner).scatter_add_(1, owner, (valid & ~is_centre).long()).gather(1, owner)
+    held = torch.zeros_like(owner).scatter_add_(1, owner, valid.long()).gather(1, owner).to(dtype)  # in its cluster
     if beta is None:
-        return (others + 1).to(dtype).reciprocal()
-    weight = torch.where(is_centre, beta, (1 - beta) / others.clamp_min(1).to(dtype))
-    return torch.where(is_centre & (others == 0), 1.0, weight)
+        return held.clamp_min_(1).reciprocal()
+    is_centre = owner == torch.arange(owner.shape[1], device=owner.device)
+    weight = torch.where(is_centre, beta, (1 - beta) / (held - 1).clamp_min_(1))
+    return weight.masked_fill_(is_centre & (held == 1), 1.0)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_AT_ONCE = {"cuda": 2**25}  # values of a float32 copy held at once; elsewhere those of one frame
 ROUNDING = 2.0**-16  # a cosine closer to 1 than this is 1: float32 sums over a few thousand numbers stray less
 
 
@@ -27,17 +28,20 @@ def pair_cosines(x: Tensor) -> tuple[Tensor, Tensor]:
     norm = x.new_empty(frames, per_frame, dtype=dtype)
     # A few frames at a time through the same buffers: no float32 copy of all features is held, and on a CPU fresh
     # memory costs more than the arithmetic. On a GPU fewer, larger steps are faster.
-    step = min(frames, 32 if x.is_cuda else 1)
-    product, *copies = (x.new_empty(step, per_frame, width, dtype=dtype) for _ in range(3 if x.dtype != dtype else 1))
+    step = min(frames, max(1, _AT_ONCE.get(x.device.type, 0) // (per_frame * width)))
+    half = x.dtype != dtype
+    copies = int(half) * (1 if x.is_cuda else 2)  # a GPU multiplies two dtypes as fast as one
+    product, *copied = (x.new_empty(step, per_frame, width, dtype=dtype) for _ in range(1 + copies))
     for start in range(0, frames, step):
         here = x[start : start + step]
         there = x[start + 1 : start + 1 + step]
-        if copies:
-            here = copies[0][: here.shape[0]].copy_(here)
-            there = copies[1][: there.shape[0]].copy_(there)
+        if half:
+            here = copied[0][: here.shape[0]].copy_(here)
         torch.linalg.vector_norm(here, dim=-1, out=norm[start : start + step])
         pairs = there.shape[0]
         if pairs:
+            if copies == 2:
+                there = copied[1][:pairs].copy_(there)
             torch.mul(here[:pairs], there, out=product[:pairs])
             torch.sum(product[:pairs], dim=-1, out=dots[start : start + pairs])
     return (dots / (norm[:-1] * norm[1:]).clamp_min(1e-12)).clamp(-1, 1), norm
@@ -71,19 +75,19 @@ def run_lengths(static: Tensor) -> Tensor:
     return pair - last_change
 
 
-def window_counts(runs: Tensor) -> Tensor:
+def window_counts(runs: np.ndarray) -> np.ndarray:
     """How many positions are static through every window of frames.
 
     Args:
-        runs: [P, N] int64 from `run_lengths`.
+        runs: [P, N] integers from `run_lengths`.
 
     Returns:
         [P, P + 2] int64: entry (e, w) counts the positions whose run ending at pair e is at least w pairs long.
     """
     pairs = runs.shape[0]
-    histogram = torch.zeros(pairs, pairs + 2, dtype=torch.long, device=runs.device)
-    histogram.scatter_add_(1, runs, torch.ones_like(runs))
-    return histogram.flip(1).cumsum(1).flip(1)
+    row = np.arange(pairs)[:, None] * (pairs + 2)
+    histogram = np.bincount((row + runs).ravel(), minlength=pairs * (pairs + 2)).reshape(pairs, pairs + 2)
+    return histogram[:, ::-1].cumsum(1)[:, ::-1]
 
 
 def optimal_segments(counts: np.ndarray, max_segment: int | None = None) -> tuple[list[tuple[int, int]], int]:
@@ -102,14 +106,16 @@ def optimal_segments(counts: np.ndarray, max_segment: int | None = None) -> tupl
     frames = counts.shape[0] + 1
     best = np.zeros(frames + 1, dtype=np.int64)  # best[i]: most tokens removed from the first i frames
     start = np.arange(-1, frames, dtype=np.int64)  # start[i]: first frame of the segment that ends at frame i - 1
+    saved = counts * np.arange(counts.shape[1])  # [e, w]: what a segment of w + 1 frames ending with pair e removes
     for i in range(2, frames + 1):
         longest = i if max_segment is None else min(i, max_segment)
-        window = np.arange(2, longest + 1)
-        gain = best[i - window] + counts[i - 2, window - 1] * (window - 1)
         best[i] = best[i - 1]
-        top = int(gain.argmax()) if gain.size else 0  # the first of equals: the shortest window
-        if gain.size and gain[top] > best[i]:
-            best[i], start[i] = gain[top], i - window[top]
+        if longest < 2:
+            continue
+        gain = best[i - longest : i - 1][::-1] + saved[i - 2, 1:longest]
+        top = int(gain.argmax())  # the first of equals: the shortest window
+        if gain[top] > best[i]:
+            best[i], start[i] = gain[top], i - 2 - top
     segments: list[tuple[int, int]] = []
     end = frames
     while end > 0:

@@ -12,9 +12,9 @@ from torch import Tensor
 _COPY_BYTES = 2**28  # of a float32 copy held at once
 
 
-def upload(values: Any, device: torch.device) -> Tensor:
+def upload(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """Numbers of the host as a tensor on a device, without waiting for what the device is doing."""
-    tensor = torch.tensor(values)
+    tensor = torch.as_tensor(values, dtype=dtype)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
@@ -138,17 +138,21 @@ class MergeRecord:
 
         Args:
             x: [T N, ...] float, one row per original token (or any rows, if `rows` names them).
-            rows: [T N] int64, the row of `x` that belongs to each original token.
+            rows: [T N] int64, the row of `x` that belongs to each original token; [R, T N] for R merges at once.
 
         Returns:
-            [K, ...] in x's dtype; sums are formed in float32 (float64 for float64). Deterministic: the rows of a group
-            are added in time order.
+            [K, ...] in x's dtype, [R, K, ...] for R merges; sums are formed in float32 (float64 for float64).
+            Deterministic: the rows of a group are added in time order.
         """
         held, weight = self._grouped
-        source = held if rows is None else rows[held]
+        source = held if rows is None else rows[..., held]
         starts = self.sizes.cumsum(0) - self.sizes
-        merged = sum_of_rows(x.reshape(x.shape[0], -1), source, starts, weights=weight)
-        return merged.to(x.dtype).reshape(self.kept, *x.shape[1:])
+        many = source.shape[:-1]
+        if many:
+            first = torch.arange(many[0], device=starts.device)[:, None] * self.members
+            starts, weight = (starts + first).flatten(), weight.repeat(many[0])
+        merged = sum_of_rows(x.reshape(x.shape[0], -1), source.flatten(), starts, weights=weight)
+        return merged.to(x.dtype).reshape(*many, self.kept, *x.shape[1:])
 
     def kept_per_frame(self) -> list[int]:
         """Kept tokens that stand in each frame, T numbers that sum to K."""

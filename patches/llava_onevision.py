@@ -141,8 +141,8 @@ def merge_then_project(
     frames, count, width = patches.shape
     frame = torch.arange(frames, device=patches.device)[:, None] * count
     flat = patches.reshape(frames * count, width)
-    corners = [record.merge(flat, (frame + index[:, c]).flatten()) for c in range(4)]
-    projected = project(torch.cat(corners)[None])[0].unflatten(0, (4, record.kept))
+    corners = record.merge(flat, torch.stack([(frame + index[:, c]).flatten() for c in range(4)]))
+    projected = project(corners.flatten(0, 1)[None])[0].unflatten(0, (4, record.kept))
     share = weight[record.anchor % record.per_frame].to(torch.promote_types(projected.dtype, torch.float32))
     return torch.einsum("ckd,kc->kd", projected.to(share.dtype), share).to(projected.dtype)
 

@@ -117,7 +117,7 @@ def test_segmentation_is_the_global_optimum(seed):
     rng = np.random.default_rng(seed)
     frames, positions = int(rng.integers(1, 10)), int(rng.integers(1, 7))
     flags = rng.random((frames - 1, positions)) < rng.choice([0.3, 0.6, 0.9])
-    counts = window_counts(run_lengths(torch.from_numpy(flags))).numpy()
+    counts = window_counts(run_lengths(torch.from_numpy(flags)).numpy())
     segments, removed = optimal_segments(counts)
     assert removed == oracle.segment_brute_force(flags)
     worth = sum(int(flags[s:e].all(0).sum()) * (e - s) for s, e in segments)
@@ -172,7 +172,7 @@ def test_cosines_of_zero_vectors_are_zero_and_long_videos_are_chunked():
 @pytest.mark.parametrize("keep", [1, 40, 200])
 @pytest.mark.parametrize("order", ["raster", "segment"])
 def test_the_device_is_asked_once(keep, exact, order):
-    # A meta tensor has no values: whatever would wait for them raises. Window counts come first, as in `reduce`.
+    # A meta tensor has no values: whatever would wait for them raises. What the host knows comes first, as in `reduce`.
     rng = np.random.default_rng(3)
     x, scores = (torch.from_numpy(v).float() for v in make_video(rng, "still_scenes", 12, 20, 6))
     options = HolitomOptions(similarity=0.9, order=order)
@@ -181,9 +181,9 @@ def test_the_device_is_asked_once(keep, exact, order):
     assert record.temporal > 40  # so that 200 tokens are more than temporal merging leaves: some are released
     assert bool(record.clustered) == (keep < 200)
     assert bool(record.clustered) == (keep < 200)
-    runs = run_lengths(pair_cosines(x)[0] > options.similarity)
-    windows = window_counts(runs).numpy()
-    blind = _reduced(x.bfloat16().to("meta"), scores.to("meta"), runs.to("meta"), windows, target, options)
+    runs = run_lengths(pair_cosines(x)[0] > options.similarity).numpy()
+    order = scores.argsort(dim=1, descending=True, stable=True).numpy()
+    blind = _reduced(x.bfloat16().to("meta"), runs, order, target, options, torch.float32)
     merged = blind.merge(torch.empty(240, 9, dtype=torch.bfloat16, device="meta"))
     assert (blind.kept, blind.members, merged.shape) == (record.kept, record.members, (record.kept, 9))
     assert blind.slots.shape == blind.anchor.shape

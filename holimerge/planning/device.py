@@ -61,7 +61,7 @@ def read_table(points: Points, size: float, power: float = 1.0) -> float:
     right = bisect_left(points, (size, -1.0))
     (x0, y0), (x1, y1) = points[right - 1], points[right]
     share = math.log(size / x0) / math.log(x1 / x0)
-    return y0 * (y1 / y0) ** share
+    return min(y1, y0 * (y1 / y0) ** share)  # not above it by rounding
 
 
 @dataclass(frozen=True)
