@@ -49,6 +49,9 @@ class LlavaFamily(FrameFamily):
         layers, states = self._layers(core, arguments)
         return layer_of_hidden_state(layers, states[-1]).self_attn
 
+    def transposed(self, core: Any, arguments: dict[str, Any]) -> Any:
+        return self._layers(core, arguments)[0][0]
+
     def no_encoder(self, core: Any, kind: str) -> str:
         implementation = core.vision_tower.config._attn_implementation
         if kind == "tokens" and implementation not in ("sdpa", "eager"):

@@ -47,6 +47,9 @@ class SmolVLM(FrameFamily):
     def attention(self, core: Any, arguments: dict[str, Any]) -> Any:
         return core.vision_model.encoder.layers[-1].self_attn
 
+    def transposed(self, core: Any, arguments: dict[str, Any]) -> Any:
+        return core.vision_model.encoder.layers[0]
+
     def pooled_scores(self, core: Any, arguments: dict[str, Any], received: Tensor) -> Tensor:
         return core.connector.pixel_shuffle(received[..., None], core.connector.scale_factor).mean(-1)
 
