@@ -154,6 +154,8 @@ class Config(Section):
     encoder: None for no reduction inside the vision tower.
     chunk_frames: temporal steps per call of the vision tower, for long videos; None for one call.
     treat_images_as_video: the images of a prompt (two or more, of one size) are the frames of a video.
+    cuda_graph: on a GPU, calls of the vision tower are captured once for each shape of their input and replayed, so
+        that the host no longer launches every kernel. The memory of a call stays taken. Elsewhere it changes nothing.
     more_frames: how many times as many frames as asked for are read (by `holimerge ask`, `eval` and `bench`): what the
         reduction saves is spent on seeing more. A patched model itself takes the frames that it is given.
     """
@@ -164,6 +166,7 @@ class Config(Section):
     inner: Inner | None = None
     encoder: Encoder | None = None
     chunk_frames: int | None = Field(None, ge=1)
+    cuda_graph: bool = False
     treat_images_as_video: bool = False
     more_frames: int = Field(1, ge=1)
 
@@ -196,6 +199,7 @@ class Config(Section):
         if method.options is None and self.chunk_frames is not None:
             raise ValueError(f"chunk_frames: method {self.method} makes the stock call of the tower, in one piece")
         self._fits_encoder(method.options is None)
+        self._fits_graph(method.options is None)
         if method.options is not None and self.budget is None:
             raise ValueError(
                 f"budget: method {self.method} needs one, e.g. {{retain: 0.1}}, {{tokens: 640}} or {{ttft_ms: 300}}"
@@ -219,6 +223,19 @@ class Config(Section):
             raise ValueError(
                 "chunk_frames: encoder.frames compares the frames of a whole video inside the tower; leave one of both "
                 "out"
+            )
+
+    def _fits_graph(self, keeps_all: bool) -> None:
+        if not self.cuda_graph:
+            return
+        if keeps_all:
+            raise ValueError(f"cuda_graph: method {self.method} makes the stock call of the tower")
+        if self.treat_images_as_video:
+            raise ValueError("cuda_graph: treat_images_as_video encodes images, whose number varies; leave one out")
+        if self.encoder is not None and self.encoder.tokens is None:
+            raise ValueError(
+                f"cuda_graph: encoder.{self.encoder.kind} decides on the host how many frames go on, so that the call "
+                "cannot be captured; use encoder.tokens, or leave one of both out"
             )
 
     def to_dict(self) -> dict[str, Any]:

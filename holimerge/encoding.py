@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .encoder.stage import EncoderStage
+from .graphs import Graphs
 from .tokens import MergeRecord, VideoTokens
 
 
@@ -33,12 +34,14 @@ class Request:
     scored: whether received attention is needed.
     chunk: frames per call of the tower; None for one stock call.
     encoder: the reduction inside the tower; None for none.
+    graphs: that replay the tower's calls; None for eager ones.
     """
 
     at: str
     scored: bool
     chunk: int | None
     encoder: EncoderStage | None = None
+    graphs: Graphs | None = None
 
 
 @dataclass

@@ -33,6 +33,7 @@ from .cache import cache_state
 from .call import CALL, PROMPT, Call, Prompt, by_name
 from .config import Config, ConfigError
 from .encoder.stage import check
+from .graphs import Graphs
 from .inner_stage import InnerStage
 from .outer_stage import PIXELS, OuterStage, ReducedVideo
 from .planning.patched import check_estimated
@@ -82,6 +83,7 @@ class Handle:
         positions = config.outer.positions if config.outer is not None else "auto"
         self.contiguous = positions == "contiguous" or (positions == "auto" and not family.mrope)
         self._refuse_what_the_family_cannot()
+        self.graphs = Graphs(family.graphed(self.core)) if config.cuda_graph else None
         self.inner: InnerStage | None = None
         if config.inner is not None:
             self.inner = InnerStage(self, config.inner)
@@ -96,6 +98,11 @@ class Handle:
             raise ConfigError(
                 f"treat_images_as_video: {name} takes the frames of a video as images and cannot tell them from other "
                 "images; set it to true for prompts whose images are the frames of a video"
+            )
+        if config.cuda_graph and family.graphed(self.core) is None:
+            raise ConfigError(
+                f"cuda_graph: the vision tower of {name} waits for the device at each call, so that it cannot be "
+                "captured; leave it out"
             )
         if config.encoder is not None:
             refused = family.no_encoder(self.core, config.encoder.kind)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Mapping
+from functools import cache, partial
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from holimerge.attention import received_attention
 from holimerge.capture import StopForward, captured, first_argument
-from holimerge.encoder.tower import Tower
+from holimerge.encoder.stage import EncoderStage
+from holimerge.encoder.tower import EncoderReport, Tower
 from holimerge.encoding import Encoded, Grid, Level, Request
 from holimerge.tokens import VideoTokens
 
@@ -69,37 +70,55 @@ class FrameFamily(Family):
     def encode(
         self, core: Any, features: Callable[..., Any], arguments: dict[str, Any], request: Request
     ) -> list[Encoded]:
-        attention = self.attention(core, arguments)
         grids = self.grids(core, arguments)
         arguments, source = self.gated(core, arguments, request)
         hidden, scores = [], []
+        call = partial(self._call, core, features, grids, request)
         for part in self.calls(core, arguments, request.chunk):
-            run = None if request.encoder is None else request.encoder.run(self._tower_of(core, part, grids))
-            hooks: list[tuple[Any, str, Any]] = [] if run is None else run.hooks()
-            block = self.transposed(core, part)
-            if block is not None:
-                hooks.append((block, "swap", Tensor.contiguous))
-            hooks.append((self.projector(core), "pre", _stop))
-            if request.scored:
-                hooks += [(module, "out", name) for name, module in self.query_and_key(attention).items()]
-            with captured(hooks) as got:
-                try:
-                    features(**part)
-                except StopForward as stop:
-                    hidden.append(stop.value)
-            if request.scored:
-                q, k = (x.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for x in (got["q"], got["k"]))
-                if run is None:
-                    received = received_attention(q, k, attention.scale)
-                else:
-                    weight = run.query_weight()
-                    bias = None if weight is None else weight.log()[:, None, None, :]
-                    received = run.spread(received_attention(q, k, attention.scale, bias=bias, weight=weight))
-                scores.append(self.pooled_scores(core, arguments, received))
+            (x, received), report = call(part) if request.graphs is None else request.graphs.run(call, part)
+            assert x is not None
+            hidden.append(x)
+            if received is not None:
+                scores.append(received)
+            if report is not None and request.encoder is not None and report.rows:
+                request.encoder.report.add(report.total, report.rows, report.frames)
         whole, scored = torch.cat(hidden), torch.cat(scores) if request.scored else None
         if source is not None:
             whole, scored = whole[source], None if scored is None else scored[source]
         return self.encoded(core, whole, grids, scored, request.at)
+
+    def _call(
+        self, core: Any, features: Callable[..., Any], grids: list[Grid], request: Request, part: Mapping[str, Any]
+    ) -> tuple[list[Tensor | None], EncoderReport | None]:
+        """One call of the tower: the projector's input [F, P, C] and the scores [F, N] (None if not asked for); and
+        what its blocks worked on, if they reduce. Nothing here waits for the device where the tower does not."""
+        attention = self.attention(core, dict(part))
+        stage = None if request.encoder is None else EncoderStage(request.encoder.options)
+        run = None if stage is None else stage.run(self._tower_of(core, dict(part), grids))
+        hooks: list[tuple[Any, str, Any]] = [] if run is None else run.hooks()
+        block = self.transposed(core, dict(part))
+        if block is not None:
+            hooks.append((block, "swap", Tensor.contiguous))
+        hooks.append((self.projector(core), "pre", _stop))
+        if request.scored:
+            hooks += [(module, "out", name) for name, module in self.query_and_key(attention).items()]
+        hidden = None
+        with captured(hooks) as got:
+            try:
+                features(**part)
+            except StopForward as stop:
+                hidden = stop.value
+        scores = None
+        if request.scored:
+            q, k = (x.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for x in (got["q"], got["k"]))
+            if run is None:
+                received = received_attention(q, k, attention.scale)
+            else:
+                weight = run.query_weight()
+                bias = None if weight is None else weight.log()[:, None, None, :]
+                received = run.spread(received_attention(q, k, attention.scale, bias=bias, weight=weight))
+            scores = self.pooled_scores(core, dict(part), received)
+        return [hidden, scores], None if stage is None else stage.report
 
     def gated(self, core: Any, arguments: dict[str, Any], request: Request) -> tuple[dict[str, Any], Tensor | None]:
         """The arguments without frames that need not be encoded, and the encoded frame [F] each frame is taken from."""

@@ -49,6 +49,9 @@ class LlavaFamily(FrameFamily):
         layers, states = self._layers(core, arguments)
         return layer_of_hidden_state(layers, states[-1]).self_attn
 
+    def graphed(self, core: Any) -> Any:
+        return core.vision_tower
+
     def transposed(self, core: Any, arguments: dict[str, Any]) -> Any:
         return self._layers(core, arguments)[0][0]
 

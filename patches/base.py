@@ -72,6 +72,10 @@ class Family(ABC):
         """Why the tower cannot reduce inside itself in this way (frames, tokens or gate); empty if it can."""
         return f"not supported for {core.config.model_type}"
 
+    def graphed(self, core: Any) -> Any:
+        """The tower whose calls can be captured as CUDA graphs; None where they wait for the device."""
+        return None
+
     def encoder_tower(self, core: Any, arguments: dict[str, Any], frames: list[int]) -> Tower:
         """What a reduction inside the tower works on.
 

@@ -70,7 +70,12 @@ def test_the_presets_are_those_of_the_specification():
 def test_preset_values(name):
     config = load_config(name)
     if name == "keep-all":
-        assert config.to_dict() == {"method": "keep_all", "treat_images_as_video": False, "more_frames": 1}
+        assert config.to_dict() == {
+            "method": "keep_all",
+            "cuda_graph": False,
+            "treat_images_as_video": False,
+            "more_frames": 1,
+        }
         return
     percent, authors = int(name.split("-")[1]), name.startswith("holitom")
     assert config.method == "holitom"

@@ -264,3 +264,17 @@ def test_gradient_checkpointing_of_the_tower_in_training_is_refused() -> None:
     model.train()
     with pytest.raises(ValueError, match="gradient checkpointing"):
         model(**x)
+
+
+@pytest.mark.parametrize("family", ["llava_onevision", "smolvlm"])
+def test_blocks_get_rows_side_by_side_though_the_stock_embedding_transposes_them(family: str) -> None:
+    if family not in TOYS:
+        pytest.skip("not in this transformers")
+    model, seen = make(family), []
+    blocks = next(m for name, m in model.named_modules() if name.endswith(("encoder.layers", "encoder.layer")))
+    blocks[1].register_forward_pre_hook(lambda _, args: seen.append(args[0].is_contiguous()))
+    x = build(family, batch_rows(family)[0])
+    logits(model, x)
+    patch(model, config(None))
+    logits(model, x)
+    assert seen == [False, True]

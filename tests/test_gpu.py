@@ -60,3 +60,75 @@ def test_stages_are_timed_by_events(family):
     ms = holimerge.last_report(model).milliseconds
     assert all(value > 0 for value in ms.values())
     assert {"vision", "reduce", "project", "splice", "inner", "prefill"} <= set(ms)
+
+
+TOKENS = {"tokens": {"layers": [1], "r": 2}}
+
+
+@pytest.mark.parametrize("encoder", [None, TOKENS])
+def test_a_captured_tower_gives_the_bits_of_the_eager_one(encoder, dtype):
+    model = make_model("llava_onevision", dtype=dtype).cuda()
+    config = preset("holimerge-25") | ({"encoder": encoder} if encoder else {})
+    fc1 = model.model.get_submodule("vision_tower").get_parameter(
+        next(name for name, _ in model.model.vision_tower.named_parameters() if name.endswith("fc1.weight"))
+    )
+    for change in (False, True):  # weights that are changed in place are seen by the graph
+        if change:
+            fc1.data.mul_(1.25)
+        for seed, frames in ((0, 5), (1, 5), (2, 4), (1, 5)):
+            x = on_gpu(
+                build(
+                    "llava_onevision", [[5, make_video("llava_onevision", frames=frames, seed=seed), 6, 7]], dtype=dtype
+                )
+            )
+            holimerge.unpatch_model(model)
+            holimerge.patch_model(model, config)
+            plain = logits(model, x)
+            if seed == 0 and not change:
+                twin = make_model("llava_onevision", dtype=dtype).cuda()
+                holimerge.patch_model(twin, config | {"cuda_graph": True})
+            twin.load_state_dict(model.state_dict())
+            assert torch.equal(logits(twin, x), plain)
+    known = handle_of(twin).graphs._known
+    assert len(known) == 2
+    assert None not in known.values()
+
+
+def test_threads_share_a_captured_tower():
+    from concurrent.futures import ThreadPoolExecutor
+
+    model = make_model("llava_onevision").cuda()
+    xs = [on_gpu(build("llava_onevision", [[5, make_video("llava_onevision", seed=i), 6, 7]])) for i in range(8)]
+    holimerge.patch_model(model, preset("holimerge-25"))
+    plain = [logits(model, x) for x in xs]
+    holimerge.patch_model(model, preset("holimerge-25") | {"cuda_graph": True})
+
+    def run(x):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            found = logits(model, x)
+            torch.cuda.current_stream().synchronize()
+            return found
+
+    run(xs[0])
+    with ThreadPoolExecutor(4) as pool:
+        for ours, expected in zip(pool.map(run, xs * 4), plain * 4, strict=True):
+            torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("retain", [0.1, 1.0])
+def test_the_reduction_asks_the_device_once(retain):
+    from holimerge.methods.holitom import HolitomOptions, reduce
+    from holimerge.tokens import Target, VideoTokens
+
+    x = torch.randn(4, 20, 64).repeat_interleave(4, 0) + 0.1 * torch.randn(16, 20, 64)
+    tokens = VideoTokens(x.cuda(), torch.rand(16, 20).cuda())
+    target, options = Target(int(320 * retain), retain), HolitomOptions()
+    reduce(tokens, target, options)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        record = reduce(tokens, target, options)
+        record.merge(tokens.features.flatten(0, 1))
+    events = [event.name for event in seen.events()]
+    assert sum("DtoH" in name for name in events) == 1
+    if retain < 1:
+        assert record.clustered

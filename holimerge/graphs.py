@@ -1,0 +1,133 @@
+"""CUDA graphs of a vision tower: what launching its kernels costs the host is paid once for each shape of input.
+
+Once fewer tokens enter the LLM, launching the tower takes longer than computing it on a fast GPU. The kernels and their
+order are those of the eager call, so that the result is the same.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_LOG = logging.getLogger("holimerge")
+WARM_UP = 2  # eager calls before a capture: kernels are chosen and workspaces made in them
+MOST = 4  # graphs kept; each holds the memory of one call
+
+
+class _Graph:
+    """One captured call: the tensors it reads, and what it gives."""
+
+    def __init__(self, call: Callable[[Mapping[str, Any]], Any], arguments: Mapping[str, Any]) -> None:
+        self.inputs = {name: x.clone() for name, x in arguments.items() if isinstance(x, Tensor)}
+        given = {**arguments, **self.inputs}
+        device = next(iter(self.inputs.values())).device
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP):
+                call(given)
+        torch.cuda.current_stream(device).wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        # other threads may allocate meanwhile
+        with torch.cuda.graph(self.graph, stream=side, capture_error_mode="thread_local"):
+            self.tensors, self.more = call(given)
+        self.done = torch.cuda.Event()
+        self.device = device
+        self.done.record(torch.cuda.current_stream(device))
+
+    def replay(self, arguments: Mapping[str, Any]) -> tuple[list[Tensor | None], Any]:
+        stream = torch.cuda.current_stream(self.device)
+        stream.wait_event(self.done)  # another thread's stream may still read the last result
+        for name, x in self.inputs.items():
+            x.copy_(arguments[name], non_blocking=True)
+        self.graph.replay()
+        copies = [None if x is None else x.clone() for x in self.tensors]
+        self.done.record(stream)
+        return copies, self.more
+
+
+class Graphs:
+    """The graphs of one patched model; they go with its patch."""
+
+    def __init__(self, tower: nn.Module) -> None:
+        self.tower = tower
+        self._lock = threading.Lock()
+        self._known: OrderedDict[Hashable, _Graph | None] = OrderedDict()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Graphs:
+        from copy import deepcopy
+
+        return Graphs(deepcopy(self.tower, memo))  # graphs name the memory of this one
+
+    def run(
+        self, call: Callable[[Mapping[str, Any]], tuple[list[Tensor | None], Any]], arguments: Mapping[str, Any]
+    ) -> tuple[list[Tensor | None], Any]:
+        """`call(arguments)`, replayed where it can be.
+
+        Args:
+            call: gives tensors that depend on `arguments` and the tower's weights alone, and something that depends on
+                the shapes alone; it must not wait for the device.
+            arguments: by name; the tensors among them may have other values next time.
+
+        Returns:
+            what `call` gives; tensors of its own.
+        """
+        first = next((x for x in arguments.values() if isinstance(x, Tensor)), None)
+        if first is None or not _on_gpu(first) or torch.is_grad_enabled():
+            return call(arguments)
+        with self._lock:
+            key = self._key(arguments)
+            if key is None:
+                return call(arguments)
+            if key not in self._known:
+                self._known[key] = self._captured(call, arguments)
+                while len(self._known) > MOST:
+                    self._known.popitem(last=False)
+            self._known.move_to_end(key)
+            graph = self._known[key]
+            return call(arguments) if graph is None else graph.replay(arguments)
+
+    def _captured(self, call: Callable[[Mapping[str, Any]], Any], arguments: Mapping[str, Any]) -> _Graph | None:
+        try:
+            return _Graph(call, arguments)
+        except RuntimeError as error:  # what CUDA refuses to capture, as offloaded weights
+            _LOG.warning("cuda_graph: this tower cannot be captured, it runs eagerly: %s", str(error).splitlines()[0])
+            return None
+
+    def _key(self, arguments: Mapping[str, Any]) -> Hashable | None:
+        """Everything on which the kernels depend: shapes, plain arguments, where the weights lie, modes.
+
+        None where a call does more than launch kernels: hooks of others, weights that move, compiled modules.
+        """
+        weights: list[int] = []
+        left: list[nn.Module] = [self.tower]
+        while left:  # several times faster than `parameters()`, at every prompt
+            module = left.pop()
+            hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+            if any(not getattr(hook, "__module__", "").startswith(("transformers.", "holimerge.")) for hook in hooks):
+                return None
+            if "_hf_hook" in module.__dict__ or module._compiled_call_impl is not None:
+                return None
+            weights += [0 if p is None else p.data_ptr() for p in module._parameters.values()]
+            left += [m for m in module._modules.values() if m is not None]
+        shapes = tuple(
+            (name, tuple(x.shape), x.dtype, x.device) if isinstance(x, Tensor) else (name, repr(x))
+            for name, x in sorted(arguments.items())
+        )
+        modes = (
+            self.tower.training,
+            torch.is_inference_mode_enabled(),
+            torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda"),
+            getattr(getattr(self.tower, "config", None), "_attn_implementation", None),
+        )
+        return shapes, tuple(weights), modes
+
+
+def _on_gpu(x: Tensor) -> bool:
+    return x.is_cuda and not torch.cuda.is_current_stream_capturing()

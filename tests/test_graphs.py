@@ -1,0 +1,180 @@
+"""Replaying the vision tower: what decides whether a graph is used and which. Without a GPU the graph is a stand-in that
+keeps what its capture gave, as a CUDA graph keeps its kernels; tests/test_gpu.py has the real one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from test_laws import handle_of, logits, preset
+from torch import nn
+from toys import build, make_model, make_video
+
+import holimerge
+from holimerge import graphs as module
+from holimerge.config import ConfigError, load_config
+
+TOKENS = {"tokens": {"layers": [1], "r": 2}}
+
+
+class StandIn:
+    """Runs the call again, but only with what its capture saw beside tensors."""
+
+    made: ClassVar[list[StandIn]] = []
+
+    def __init__(self, call: Any, arguments: Mapping[str, Any]) -> None:
+        self.call, self.arguments = call, arguments
+        _, self.more = call(arguments)
+        self.replays = 0
+        self.made.append(self)
+
+    def replay(self, arguments: Mapping[str, Any]) -> Any:
+        self.replays += 1
+        tensors, _ = self.call({**self.arguments, **{k: v for k, v in arguments.items() if torch.is_tensor(v)}})
+        return tensors, self.more
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[StandIn]:
+    monkeypatch.setattr(module, "_Graph", StandIn)
+    monkeypatch.setattr(module, "_on_gpu", lambda x: True)
+    monkeypatch.setattr(StandIn, "made", [])
+    return StandIn.made
+
+
+def config(encoder: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
+    return {"base": "holimerge-25", "cuda_graph": True, **({"encoder": encoder} if encoder else {}), **more}
+
+
+def asked(frames: int = 5, seed: int = 0) -> dict[str, torch.Tensor]:
+    return build("llava_onevision", [[5, make_video("llava_onevision", frames=frames, seed=seed), 6, 7]])
+
+
+@pytest.mark.parametrize("encoder", [None, TOKENS])
+def test_a_replayed_tower_gives_what_the_eager_one_gives(made: list[StandIn], encoder: dict[str, Any] | None) -> None:
+    model = make_model("llava_onevision")
+    for seed in range(3):
+        x = asked(seed=seed)
+        holimerge.patch_model(model, {**config(encoder), "cuda_graph": False})
+        plain, report = logits(model, x), holimerge.last_report(model).encoders
+        holimerge.patch_model(model, config(encoder))
+        for _ in range(2):
+            assert torch.equal(logits(model, x), plain)
+            assert [e.to_dict() for e in holimerge.last_report(model).encoders] == [e.to_dict() for e in report]
+        assert made[-1].replays == 2
+    assert len(made) == 3  # a patch has its own
+
+
+def test_shapes_chunks_and_weights_have_graphs_of_their_own(made: list[StandIn]) -> None:
+    model = make_model("llava_onevision")
+    holimerge.patch_model(model, config())
+    for frames in (3, 4, 3, 4):
+        logits(model, asked(frames))
+    assert len(made) == 2
+    block = handle_of(model).family._layers(model.model, {})[0][0]
+    block.mlp.fc1.weight.data.mul_(1.5)  # in place: the kernels read what is there
+    logits(model, asked(3))
+    assert len(made) == 2
+    block.mlp.fc1 = copy.deepcopy(block.mlp.fc1)  # lies elsewhere
+    logits(model, asked(3))
+    assert len(made) == 3
+    holimerge.patch_model(model, config(chunk_frames=2))
+    logits(model, asked(5))
+    assert len(made) == 5  # two frames, and the one that is left
+    assert [g.replays for g in made[3:]] == [2, 1]
+
+
+def test_only_so_many_graphs_are_kept(made: list[StandIn]) -> None:
+    model = make_model("llava_onevision")
+    holimerge.patch_model(model, config())
+    for frames in [*range(1, module.MOST + 2), module.MOST + 1, 1]:
+        logits(model, asked(frames))
+    assert len(made) == module.MOST + 2  # the first was made again
+    assert len(handle_of(model).graphs._known) == module.MOST
+
+
+def _hook(layer: nn.Module) -> None:
+    layer.register_forward_hook(lambda *_: None)
+
+
+def _offload(layer: nn.Module) -> None:
+    layer._hf_hook = object()
+
+
+@pytest.mark.parametrize("disturb", [_hook, _offload, lambda layer: layer.compile(backend="eager")])
+def test_a_tower_that_does_more_than_launch_kernels_runs_eagerly(made: list[StandIn], disturb: Any) -> None:
+    model = make_model("llava_onevision")
+    holimerge.patch_model(model, config())
+    x = asked()
+    plain = logits(model, x)
+    disturb(handle_of(model).family._layers(model.model, {})[0][1])
+    assert torch.equal(logits(model, x), plain)
+    assert (len(made), made[0].replays) == (1, 1)
+
+
+def test_gradients_need_the_eager_call(made: list[StandIn]) -> None:
+    model = make_model("llava_onevision")
+    holimerge.patch_model(model, config(inner=None))
+    model(**asked())
+    assert not made
+
+
+def test_what_cuda_does_not_capture_runs_eagerly_and_says_so(
+    made: list[StandIn], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing\nlong text")
+
+    model = make_model("llava_onevision")
+    holimerge.patch_model(model, {**config(), "cuda_graph": False})
+    plain = logits(model, asked())
+    holimerge.patch_model(model, config())
+    monkeypatch.setattr(module, "_Graph", fail)
+    with caplog.at_level("WARNING", "holimerge"):
+        for _ in range(2):
+            assert torch.equal(logits(model, asked()), plain)
+    assert [r.getMessage() for r in caplog.records] == [
+        "cuda_graph: this tower cannot be captured, it runs eagerly: operation not permitted when stream is capturing"
+    ]
+
+
+def test_a_copy_of_a_patched_model_makes_graphs_of_its_own(made: list[StandIn]) -> None:
+    model = make_model("llava_onevision")
+    holimerge.patch_model(model, config())
+    plain = logits(model, asked())
+    twin = copy.deepcopy(model)
+    assert handle_of(twin).graphs.tower is twin.model.vision_tower
+    assert torch.equal(logits(twin, asked()), plain)
+    assert len(made) == 2
+
+
+def test_on_a_cpu_nothing_changes() -> None:
+    model = make_model("llava_onevision")
+    holimerge.patch_model(model, {**config(), "cuda_graph": False})
+    plain = logits(model, asked())
+    holimerge.patch_model(model, config())
+    assert torch.equal(logits(model, asked()), plain)
+    assert not handle_of(model).graphs._known
+
+
+@pytest.mark.parametrize(
+    ("wrong", "because"),
+    [
+        ({"method": "keep_all"}, "stock call"),
+        ({"encoder": {"frames": {"layers": [1]}}}, "encoder.frames decides on the host"),
+        ({"encoder": {"gate": {}}}, "encoder.gate decides on the host"),
+        ({"treat_images_as_video": True}, "number varies"),
+    ],
+)
+def test_configurations_that_cannot_be_captured_are_refused(wrong: dict[str, Any], because: str) -> None:
+    base = {} if "method" in wrong else {"base": "holimerge-10"}
+    with pytest.raises(ConfigError, match=because):
+        load_config({**base, "cuda_graph": True, **wrong})
+
+
+def test_towers_that_wait_for_the_device_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"cuda_graph: the vision tower of qwen2_5_vl waits"):
+        holimerge.patch_model(make_model("qwen2_5_vl"), {**preset("holimerge-10"), "cuda_graph": True})
