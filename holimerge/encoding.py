@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .encoder.stage import EncoderStage
-from .graphs import Graphs
 from .tokens import MergeRecord, VideoTokens
+from .tower_graphs import Graphs
 
 
 class Grid(NamedTuple):

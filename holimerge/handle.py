@@ -33,13 +33,13 @@ from .cache import cache_state
 from .call import CALL, PROMPT, Call, Prompt, by_name
 from .config import Config, ConfigError
 from .encoder.stage import check
-from .graphs import Graphs
 from .inner_stage import InnerStage
 from .outer_stage import PIXELS, OuterStage, ReducedVideo
 from .planning.patched import check_estimated
 from .registry import method_module
 from .report import Report, Selection
 from .splice import continue_over, pack, remember_continuation, unpack
+from .tower_graphs import Graphs
 
 _REPLAY: ContextVar[tuple[Handle, Selection] | None] = ContextVar("holimerge_replay", default=None)
 

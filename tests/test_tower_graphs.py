@@ -1,5 +1,8 @@
-"""Replaying the vision tower: what decides whether a graph is used and which. Without a GPU the graph is a stand-in that
-keeps what its capture gave, as a CUDA graph keeps its kernels; tests/test_gpu.py has the real one."""
+"""Replaying the vision tower: what decides whether a graph is used and which.
+
+Without a GPU the graph is a stand-in that keeps what its capture gave, as a CUDA graph keeps its kernels;
+tests/test_gpu.py has the real one.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from torch import nn
 from toys import build, make_model, make_video
 
 import holimerge
-from holimerge import graphs as module
+from holimerge import tower_graphs as module
 from holimerge.config import ConfigError, load_config
 
 TOKENS = {"tokens": {"layers": [1], "r": 2}}
