@@ -17,7 +17,7 @@ The sizes are in `holimerge.shapes`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any, Literal
@@ -98,17 +98,23 @@ class TowerWork:
     matched: tuple[tuple[int, int], ...] = ()
 
 
-def merging_tokens(vision: VisionShape, steps: int, grid: Grid | None, layers: Sequence[int], r: int) -> TowerWork:
-    """The work where `r` tokens of each step (a token being the patches that one of the LLM's takes in a tower with a
-    merger, else a patch) merge in each of these blocks. It depends on no video."""
+def merging_tokens(
+    vision: VisionShape, steps: int, grid: Grid | None, layers: Sequence[int], gone: Callable[[int, int, int, int], int]
+) -> TowerWork:
+    """The work where tokens of each step (a token being the patches that one of the LLM's takes in a tower with a
+    merger, else a patch) merge in each of these blocks, as many as `gone` says
+    (`holimerge.encoder.options.Tokens.gone`). It depends on no video."""
     rows, columns = vision.frame_grid(grid)
     unit = vision.merge**2
-    tokens, blocks, matched = rows * columns // unit, [], []
+    total = tokens = rows * columns // unit
+    blocks, matched = [], []
     for block in range(vision.layers):
-        gone = min(r, tokens // 2) if block in layers else 0
-        matched.append((tokens, unit * (vision.width // vision.heads)) if gone else (0, 0))
-        blocks.append((steps, tokens * unit, (tokens - gone) * unit))
-        tokens -= gone
+        less = 0
+        if block in layers:
+            less = min(gone(list(layers).index(block), len(layers), total, tokens), tokens // 2)
+        matched.append((tokens, unit * (vision.width // vision.heads)) if less else (0, 0))
+        blocks.append((steps, tokens * unit, (tokens - less) * unit))
+        tokens -= less
     return TowerWork(steps, tuple(blocks), tuple(matched))
 
 
@@ -122,7 +128,8 @@ def tower_work(
     if encoder is None:
         return None
     if encoder.tokens is not None:
-        return merging_tokens(vision, steps, grid, encoder.tokens.resolve("tokens", vision.layers), encoder.tokens.r)
+        layers = encoder.tokens.resolve("tokens", vision.layers)
+        return merging_tokens(vision, steps, grid, layers, encoder.tokens.gone)
     if not rows:
         return None
     height, width = vision.frame_grid(grid)

@@ -43,6 +43,7 @@ from holimerge.cost import (
     shape_of,
     tower,
 )
+from holimerge.encoder.options import Tokens
 from holimerge.eval.flop_counter import count_flops, count_flops_by_module
 from holimerge.eval.flops import flops_report
 from holimerge.segment import pair_cosines
@@ -267,9 +268,10 @@ def test_a_tower_that_merges_frames_runs_the_flops_that_are_computed(family: str
 
 
 def test_a_tower_that_merges_tokens_runs_the_flops_that_are_computed() -> None:
-    for layers in (None, [1]):
-        ran, vision, report = count_tower("llava", {"tokens": {"r": 7, "layers": layers}})
-        work = merging_tokens(vision, 5, None, [0, 1, 2] if layers is None else layers, 7)
+    for options in ({"r": 7}, {"r": 7, "layers": [1]}, {"keep": 0.3}, {"keep": 0.6, "layers": [0, 2]}):
+        ran, vision, report = count_tower("llava", {"tokens": options})
+        tokens = Tokens.model_validate(options)
+        work = merging_tokens(vision, 5, None, tokens.resolve("tokens", 3), tokens.gone)
         assert [steps * attended for steps, attended, _ in work.blocks] == report.rows
         assert ran == tower(vision, 5, None, work) < tower(vision, 5)
     config = {"method": "holitom", "budget": {"retain": 0.1}, "encoder": {"tokens": {"r": 16}}}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from patching import batch_rows, check_cached, check_rows, generate, handle_of, logits, patch
-from towers import encoded, frames_by_hand, tokens_by_hand
+from towers import encoded, frames_by_hand, tokens_by_hand, tower_of
 from toys import FAMILIES, SOME, TOYS, build, make_model, make_video, prompt
 
 import holimerge
@@ -106,6 +106,27 @@ def test_frames_that_did_not_change_are_not_encoded_and_give_what_they_would(fam
     assert_same(chunked, expected, 2e-6)
 
 
+@pytest.mark.parametrize("family", WHOLE)
+def test_a_share_of_the_tokens_is_left_where_equal_parts_of_the_rest_merged(family: str) -> None:
+    model, x = make(family), two_videos(family)
+    tower = tower_of(model, x)
+    totals = [p // tower.unit for _, p in tower.videos]
+    for layers, keep in ((None, 0.4), ([0, 2], 0.3), ([1], 0.75), ([1], 0.1)):
+        blocks = [0, 1, 2] if layers is None else layers
+        left, expected = totals, []
+        for block in range(3):
+            expected.append(sum(t * n * tower.unit for (t, _), n in zip(tower.videos, left, strict=True)))
+            if block in blocks:
+                wanted = [round(n - n * (1 - keep) * (blocks.index(block) + 1) / len(blocks)) for n in totals]
+                left = [max(w, n - (n - tower.fixed) // 2) for w, n in zip(wanted, left, strict=True)]
+        _, report = encoded(model, x, {"tokens": {"layers": layers, "keep": keep}})
+        assert report.rows == expected
+    if len(set(totals)) == 1 and totals[0] >= 12:  # equal parts of 2: the same as r
+        ours, _ = encoded(model, x, {"tokens": {"keep": 1 - 6 / totals[0]}})
+        by_count, _ = encoded(model, x, {"tokens": {"r": 2}})
+        assert_same(ours, by_count, 0.0)
+
+
 @pytest.mark.parametrize("family", ["llava_onevision", "qwen2_vl"])
 def test_tokens_may_merge_in_chunks_of_frames(family: str) -> None:
     model, x = make(family), two_videos(family, frames=8)
@@ -127,8 +148,13 @@ def test_with_nothing_to_merge_every_bit_is_that_of_no_reduction_in_the_tower(fa
     patch(model, config(None))
     plain, answer = logits(model, x), generate(model, x, 2)
     assert holimerge.last_report(model).encoders == []
-    nothing: dict[str, Any] = {"gate": {}, "frames": {"layers": [1], "similarity": 1.0}, "tokens": {"r": 0}}
-    for kind, options in nothing.items():
+    nothing: list[tuple[str, dict[str, Any]]] = [
+        ("gate", {}),
+        ("frames", {"layers": [1], "similarity": 1.0}),
+        ("tokens", {"r": 0}),
+        ("tokens", {"keep": 1.0}),
+    ]
+    for kind, options in nothing:
         if refuses(model, kind):
             continue
         patch(model, config({kind: options}))
@@ -207,7 +233,9 @@ def test_bfloat16_and_both_places_of_the_outer_reduction(kind: str, family: str)
         ({"frames": {"layers": None}}, "encoder.frames.layers: None: a list of layers is needed"),
         ({"tokens": {"layers": [-1], "r": 1}}, "-1 is no layer; valid: an index of at least 0"),
         ({"tokens": {"r": -1}}, "encoder.tokens.r: -1 is not valid"),
-        ({"tokens": {}}, "encoder.tokens.r: missing"),
+        ({"tokens": {}}, "encoder.tokens: exactly one of r, keep is needed; got none"),
+        ({"tokens": {"r": 1, "keep": 0.5}}, "encoder.tokens: exactly one of r, keep is needed; got both"),
+        ({"tokens": {"keep": 0.0}}, "encoder.tokens.keep: 0.0 is not valid"),
     ],
 )
 def test_a_wrong_encoder_block_is_named_by_its_key(encoder: Any, message: str) -> None:

@@ -76,11 +76,31 @@ class Tokens(Layered):
     layers: blocks of the tower, each an index or a share of the depth in (0, 1); null for all.
     r: tokens merged away in each frame at each of these blocks (in Qwen ViTs windows of patches, the LLM's tokens); at
         most half of those there are.
+    keep: instead of r, the share of a frame's tokens that is left behind the last of these blocks, in (0, 1]; equal
+        parts merge at each of them, at most half of those there are.
     """
 
     first: ClassVar[int] = 0
     layers: list[int | float] | None = None
-    r: int = Field(ge=0)
+    r: int | None = Field(None, ge=0)
+    keep: float | None = Field(None, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _one_amount(self) -> Tokens:
+        if (self.r is None) == (self.keep is None):
+            raise ValueError("exactly one of r, keep is needed; got " + ("both" if self.r is not None else "none"))
+        return self
+
+    @property
+    def nothing(self) -> bool:
+        """Whether no token ever merges."""
+        return self.r == 0 or self.keep == 1
+
+    def gone(self, place: int, blocks: int, total: int, left: int) -> int:
+        """Tokens to merge away in a frame of `total`, of which `left` are left, at the block `place` of so many."""
+        if self.keep is None:
+            return int(self.r or 0)
+        return max(0, left - round(total * (1 - (1 - self.keep) * (place + 1) / blocks)))
 
 
 class Gate(Section):

@@ -33,7 +33,7 @@ class TokenRun(Run):
 
     def __init__(self, tower: Tower, layers: list[int], report: EncoderReport, options: Tokens) -> None:
         super().__init__(tower, layers, report)
-        self.r = options.r
+        self.options = options
         videos = tower.videos
         if tower.batched:
             videos = [(sum(t for t, _ in videos), videos[0][1])]
@@ -45,14 +45,14 @@ class TokenRun(Run):
     def hooks(self) -> Hooks:
         hooks = super().hooks()
         norm, mlp, attention, keys = self.tower.names
-        for i in self.layers if self.r else []:
+        for i in [] if self.options.nothing else self.layers:
             block = self.tower.blocks[i]
             hooks += [
                 (block.get_submodule(attention).get_submodule(keys), "replace", self._matching(i)),
                 (block.get_submodule(norm), "swap", lambda x, i=i: self._merged(x, i)),
                 (block.get_submodule(mlp), "replace", lambda x, i=i: self._spread(x, i)),
             ]
-        if not self.tower.batched and self.r:
+        if not self.tower.batched and not self.options.nothing:
             for block in self.tower.blocks[self.layers[0] + 1 :]:
                 module = block.get_submodule(attention)
                 hooks += [
@@ -117,8 +117,12 @@ class TokenRun(Run):
                 keys = x.unflatten(-1, (-1, attention.head_dim))
             counts = [size.shape[1] for size in self._sizes(self.state, x.device)]
             parts = self._tokens(keys.mean(-2, dtype=torch.float32), counts)
+            place, blocks = self.layers.index(block), len(self.layers)
             with torch.autocast(x.device.type, enabled=False):
-                self._plans[block] = [match_tokens(part, self.r, self.tower.fixed) for part in parts]
+                self._plans[block] = [
+                    match_tokens(part, self.options.gone(place, blocks, total, part.shape[1]), self.tower.fixed)
+                    for part, (_, total) in zip(parts, self.counts, strict=True)
+                ]
 
         return match
 
