@@ -82,8 +82,8 @@ class Tokens(Layered):
 
     first: ClassVar[int] = 0
     layers: list[int | float] | None = None
-    r: int | None = Field(None, ge=0)
-    keep: float | None = Field(None, gt=0, le=1)
+    r: int | None = Field(default=None, ge=0)
+    keep: float | None = Field(default=None, gt=0, le=1)
 
     @model_validator(mode="after")
     def _one_amount(self) -> Tokens:
