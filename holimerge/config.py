@@ -154,8 +154,9 @@ class Config(Section):
     encoder: None for no reduction inside the vision tower.
     chunk_frames: temporal steps per call of the vision tower, for long videos; None for one call.
     treat_images_as_video: the images of a prompt (two or more, of one size) are the frames of a video.
-    cuda_graph: on a GPU, calls of the vision tower are captured once for each shape of their input and replayed, so
-        that the host no longer launches every kernel. The memory of a call stays taken. Elsewhere it changes nothing.
+    cuda_graph: on a GPU, calls of LLaVA's vision towers are captured once for each shape of their input and replayed,
+        so that the host no longer launches every kernel; the memory of a call stays taken. Without a GPU, and in towers
+        that wait for the device at each call, it changes nothing.
     more_frames: how many times as many frames as asked for are read (by `holimerge ask`, `eval` and `bench`): what the
         reduction saves is spent on seeing more. A patched model itself takes the frames that it is given.
     """
@@ -304,6 +305,8 @@ def _override(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
                 below = {k: v for k, v in below.items() if k not in LIMITS}
             if key == "encoder" and set(value) - set(below):
                 below = {}  # so does another kind of encoder reduction
+            if key == "tokens" and {"r", "keep"} & set(value):
+                below = {k: v for k, v in below.items() if k not in ("r", "keep")}
             merged[key] = _override(below, value)
         else:
             merged[key] = value

@@ -83,7 +83,8 @@ class Handle:
         positions = config.outer.positions if config.outer is not None else "auto"
         self.contiguous = positions == "contiguous" or (positions == "auto" and not family.mrope)
         self._refuse_what_the_family_cannot()
-        self.graphs = Graphs(family.graphed(self.core)) if config.cuda_graph else None
+        tower = family.graphed(self.core)
+        self.graphs = Graphs(tower) if config.cuda_graph and tower is not None else None
         self.inner: InnerStage | None = None
         if config.inner is not None:
             self.inner = InnerStage(self, config.inner)
@@ -98,11 +99,6 @@ class Handle:
             raise ConfigError(
                 f"treat_images_as_video: {name} takes the frames of a video as images and cannot tell them from other "
                 "images; set it to true for prompts whose images are the frames of a video"
-            )
-        if config.cuda_graph and family.graphed(self.core) is None:
-            raise ConfigError(
-                f"cuda_graph: the vision tower of {name} waits for the device at each call, so that it cannot be "
-                "captured; leave it out"
             )
         if config.encoder is not None:
             refused = family.no_encoder(self.core, config.encoder.kind)

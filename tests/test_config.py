@@ -21,7 +21,7 @@ from holimerge.cost import inner_kept
 PRESETS = (
     [f"holimerge-{p}" for p in ("05", 10, 15, 25)]
     + [f"holitom-{p}" for p in ("05", 10, 15, 20, 25)]
-    + ["holimerge-10-fast", "keep-all"]
+    + ["holimerge-10-fast", "holimerge-10-frames", "keep-all"]
 )
 MORE_FRAMES = ["more-frames-10", "more-frames-4"]
 H = {"method": "holitom", "budget": {"retain": 0.1}}
@@ -90,13 +90,29 @@ def test_preset_values(name):
     assert config.inner.merge == ("pairwise" if authors else "mean")
     assert config.inner.retain == 0.5
     assert config.inner.resolve(28) == 18  # the layer of the authors' 7B table
-    assert (config.encoder is not None) == name.endswith("-fast")
+    assert (config.encoder is not None) == name.endswith(("-fast", "-frames"))
+    assert config.cuda_graph == name.endswith("-fast")
 
 
-def test_the_fast_preset_merges_frames_where_earlytoms_first_stage_does():
-    frames = load_config("holimerge-10-fast").encoder.frames
+def test_the_fast_preset_leaves_three_eighths_of_the_towers_tokens():
+    config = load_config("holimerge-10-fast")
+    tokens = config.encoder.tokens
+    assert tokens.resolve("tokens", 26) == [1, 2, 3, 5]
+    assert [729 - tokens.gone(i, 4, 729, 729) for i in range(4)] == [615, 501, 387, 273]
+    # what was found on the embedded benchmark (eval/tiny/encoder) is what the preset does
+    measured = Path(__file__).parent.parent / "eval/tiny/encoder/tiny-10-tokens.yaml"
+    assert load_config(measured).encoder == config.encoder
+
+
+def test_the_frames_preset_merges_frames_where_earlytoms_first_stage_does():
+    frames = load_config("holimerge-10-frames").encoder.frames
     assert frames.resolve("frames", 26) == [6, 21, 23]  # of SigLIP's 26 blocks (arXiv 2605.30010)
     assert (frames.similarity, frames.longest, frames.merge) == (0.65, 8, None)
+
+
+def test_another_amount_of_tokens_takes_the_place_of_the_presets():
+    changed = load_config({"base": "holimerge-10-fast", "encoder": {"tokens": {"r": 9}}}).encoder.tokens
+    assert (changed.r, changed.keep, changed.layers) == (9, None, [0.04, 0.08, 0.12, 0.2])
 
 
 @pytest.mark.parametrize("name", MORE_FRAMES)
@@ -459,6 +475,7 @@ def test_overrides_change_what_they_name_and_nothing_else(name, budget, outer, i
         "outer": {**base.outer.model_dump(), **outer},
         "inner": None if removed else {**base.inner.model_dump(), **(inner or {})},
         "encoder": None if base.encoder is None else base.encoder.model_dump(),
+        "cuda_graph": base.cuda_graph,
     }
     if budget is not None:
         if set(LIMITS) & set(budget):

@@ -607,7 +607,7 @@ def test_settings_inside_the_tower_are_those_whose_work_is_known(name):
         encoder = load_config({"base": "holimerge-10", **setting.config}).encoder
         assert abs(encoder.tokens.r * vision.layers - share * tokens) <= vision.layers / 2
         assert setting.tower_share == tower_share(vision, encoder, known.grid)
-    unknown = load_config("holimerge-10-fast").encoder  # which frames merge depends on the video
+    unknown = load_config("holimerge-10-frames").encoder  # which frames merge depends on the video
     assert tower_share(vision, unknown, known.grid) == tower_share(vision, None, known.grid) == 1
 
 
