@@ -81,7 +81,7 @@ def setting_of(
     kind = config.model_type
     return Setting(
         shape=shape,
-        device=calibrated(device, dtype, attention, again=recalibrate),
+        device=calibrated(device, dtype, attention, shape=shape, again=recalibrate),
         text_tokens=text_tokens,
         grid=None if shape.vision.side is not None else (known.grid if known else SHAPES["qwen2.5-vl-7b"].grid),
         separators=known.separators if known else int(kind == "llava_onevision"),

@@ -167,11 +167,13 @@ def round_up(value: float | Fraction, digits: int = 4) -> float:
 class EncoderSetting:
     """A setting inside the vision tower that a plan may choose.
 
-    config: keys it adds to the configuration. tower_share: FLOPs of the tower's blocks that it leaves.
+    config: keys it adds to the configuration. tower_share: FLOPs of the tower's blocks that it leaves. merging: blocks
+    in which tokens merge.
     """
 
     config: Mapping[str, Any]
     tower_share: float
+    merging: int = 0
 
 
 def encoder_settings(shape: ModelShape, grid: Grid | None = None) -> list[EncoderSetting]:
@@ -185,16 +187,19 @@ def encoder_settings(shape: ModelShape, grid: Grid | None = None) -> list[Encode
     amounts = {round(share * tokens / vision.layers) for share in MERGED}
     encoders = [Encoder(tokens=Tokens(layers=None, r=r)) for r in sorted(amounts) if r]
     return [
-        EncoderSetting({"encoder": {"tokens": {"r": found.tokens.r}}}, tower_share(vision, found, grid))
+        EncoderSetting({"encoder": {"tokens": {"r": found.tokens.r}}}, *tower_left(vision, found, grid))
         for found in encoders
         if found.tokens is not None
     ]
 
 
-def tower_share(vision: VisionShape, encoder: Encoder | None, grid: Grid | None) -> float:
-    """FLOPs of the tower that an `encoder` block leaves; 1 where that depends on the video."""
+def tower_left(vision: VisionShape, encoder: Encoder | None, grid: Grid | None) -> tuple[float, int]:
+    """What an `encoder` block leaves of the tower: the share of its FLOPs, 1 where that depends on the video; and the
+    number of blocks in which tokens merge."""
     work = tower_work(vision, encoder, 1, grid)
-    return 1.0 if work is None else tower(vision, 1, grid, work) / tower(vision, 1, grid)
+    if work is None:
+        return 1.0, 0
+    return tower(vision, 1, grid, work) / tower(vision, 1, grid), sum(tokens > 0 for tokens, _ in work.matched)
 
 
 @dataclass(frozen=True)
@@ -280,9 +285,9 @@ def plan(setting: Setting, budget: Budget, frames: int) -> Choice:
     best: tuple[int, Choice] | None = None
     errors: list[ImpossibleError] = []
     for encoder in (None, *(setting.encoders or encoder_settings(setting.shape, setting.grid))):
-        share = 1.0 if encoder is None else encoder.tower_share
+        left = (1.0, 0) if encoder is None else (encoder.tower_share, encoder.merging)
         for inner in (None, INNER) if setting.inner else (None,):
-            scheme = _scheme(setting.shape, inner, share)
+            scheme = _scheme(setting.shape, inner, *left)
             row = setting.row(frames, scheme)
             try:
                 (entering,) = share_out(budget, row)
@@ -298,8 +303,8 @@ def plan(setting: Setting, budget: Budget, frames: int) -> Choice:
     return best[1]
 
 
-def _scheme(shape: ModelShape, inner: Mapping[str, Any] | None, tower_share: float) -> Scheme:
-    scheme = Scheme(tower_share=tower_share)
+def _scheme(shape: ModelShape, inner: Mapping[str, Any] | None, tower_share: float, merging: int) -> Scheme:
+    scheme = Scheme(tower_share=tower_share, merging=merging)
     if inner is None:
         return scheme
     found = Inner(**inner)
