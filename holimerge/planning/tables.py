@@ -248,9 +248,11 @@ def convolutions(watch: Watch, make: Make) -> dict[str, float]:
 def embedding(watch: Watch, make: Make, vision: VisionShape, sizes: Sizes) -> Points:
     """Times of a tower's own patch embedding by patches, at `sizes.rows` of at least a frame."""
     c, t, p, side = vision.channels, vision.temporal_patch, vision.patch, vision.side
-    cells = 1 if side is None else side**2
+    cells, last, before = 1 if side is None else side**2, 0.0, 1
     for count in dict.fromkeys(max(1, rows // cells) for rows in sizes.rows[1:]):
         if count * cells * (c * t * p * p + vision.width) * 4 * make(1).element_size() > watch.room():
+            break
+        if last * count / before > TOO_LONG_MS:
             break
         if side is None:
             patches, weight = make(count, c, t, p, p), make(vision.width, c, t, p, p)
@@ -258,7 +260,7 @@ def embedding(watch: Watch, make: Make, vision: VisionShape, sizes: Sizes) -> Po
         else:
             images, weight = make(count, c, side * p, side * p), make(vision.width, c, p, p)
             call = partial(functional.conv2d, images, weight, stride=p)
-        watch.add(("embed", count * cells), call)
+        last, before = watch.add(("embed", count * cells), call), count
     return points_of(watch.medians(), "embed")
 
 
