@@ -93,20 +93,28 @@ def predict(prompt: Prompt, device: Device, scheme: Scheme, entering: int) -> di
 
 def steps_of(prompt: Prompt, device: Device, scheme: Scheme, entering: int) -> list[Step]:
     """What host and device do, in order; on a CPU, whose tables hold both, as if it were the device alone."""
+    return [*vision_steps(prompt, device, scheme), *later_steps(prompt, device, scheme, entering)]
+
+
+def vision_steps(prompt: Prompt, device: Device, scheme: Scheme) -> list[Step]:
+    """Those of the vision tower, which does not know how many tokens will enter."""
+    host = _host(prompt.shape, device, scheme)
+    return [step for clip in prompt.clips for step in _vision(prompt, device, scheme, clip, host)]
+
+
+def later_steps(prompt: Prompt, device: Device, scheme: Scheme, entering: int) -> list[Step]:
+    """Those behind it."""
     host, reduced = _host(prompt.shape, device, scheme), scheme.method is not None
     share = entering / max(1, prompt.total)
     steps: list[Step] = []
-    for clip in prompt.clips:
-        steps += _vision(prompt, device, scheme, clip, host)
     for clip in prompt.clips if reduced else ():
         per_step = prompt.tokens(clip) // clip.steps
         ms = device.reduce_ms(str(scheme.method), clip.steps, per_step, _decision_width(prompt.shape, scheme))
         # launching little things, on a GPU
         steps.append(Step("reduce", 0.0, ms + host("reduce")) if device.apart else Step("reduce", ms))
     for clip in prompt.clips if reduced else ():
-        steps.append(
-            Step("project", _project(prompt, device, scheme, clip, share * prompt.tokens(clip)), host("project"))
-        )
+        ms = _project(prompt, device, scheme, clip, share * prompt.tokens(clip))
+        steps.append(Step("project", ms, host("project")))
     length, text = prompt.rest + prompt.total, prompt.shape.text
     # token embedding and `generate` itself; models ask the device whether features and placeholders are as many
     other = device.overhead.get("other", 0.0) + _passes(device, 4, length * text.width)

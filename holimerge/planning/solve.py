@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from functools import cached_property
 from typing import Any
 
 from ..allocation import largest_remainder
@@ -18,7 +19,19 @@ from ..cost import inner_kept, llm_prefill_exact, tower, tower_work
 from ..encoder.options import Encoder, Tokens
 from ..shapes import Grid, ModelShape, TextShape, VisionShape
 from .device import Device
-from .predict import Clip, Prompt, Scheme, flops_share, memory_gib, memory_parts, predict
+from .predict import (
+    STAGES,
+    Clip,
+    Prompt,
+    Scheme,
+    flops_share,
+    later_steps,
+    memory_gib,
+    memory_parts,
+    predict,
+    vision_steps,
+)
+from .timeline import Step, by_stage
 
 INNER = {"layer": 0.643, "retain": 0.5}  # the presets'
 ENOUGH = 0.1  # share of tokens below which a milder setting gives way to a stronger one; the lowest one published
@@ -54,7 +67,15 @@ class Row:
     def ttft_ms(self, entering: int) -> float:
         assert self.prompt is not None
         assert self.device is not None
-        return sum(predict(self.prompt, self.device, self.scheme, entering).values())
+        later = later_steps(self.prompt, self.device, self.scheme, entering)
+        return sum(by_stage([*self._vision, *later], STAGES).values())
+
+    @cached_property
+    def _vision(self) -> list[Step]:
+        """The same for every number of tokens, of which a solver tries many."""
+        assert self.prompt is not None
+        assert self.device is not None
+        return vision_steps(self.prompt, self.device, self.scheme)
 
     def memory_gib(self, entering: int) -> float:
         assert self.prompt is not None
