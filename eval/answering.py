@@ -24,12 +24,13 @@ from torch import Tensor
 from holimerge.api import _handle, _inner_model
 from holimerge.config import Config
 from holimerge.inputs import collate
+from holimerge.planning.stock import watched
 from holimerge.registry import family_module
 from holimerge.scoring import score_options
 
 from .measure import analytic_flops
 from .reuse import Reuse
-from .run import STAGES, Run, _peak, _reset_peak, _synchronise, _watched, devices_of, rows_seen, run_once
+from .run import STAGES, Run, _peak, _reset_peak, _synchronise, devices_of, rows_seen, run_once
 
 # Stages of the prompt that a video encoded before did not pay.
 ENCODING = ("vision", "reduce", "project")
@@ -164,8 +165,8 @@ class _Clock:
 def _prompt_clock(model: Any, devices: list[torch.device]) -> Iterator[_Clock]:
     """Note when the first forward in the block is done, and its stages."""
     handle, found = _handle(model), _Clock()
-    watched: AbstractContextManager[Any] = nullcontext() if handle is not None else _watched(model)
-    with watched as stages:
+    timed: AbstractContextManager[Any] = nullcontext() if handle is not None else watched(model)
+    with timed as stages:
 
         def done(*_: Any) -> None:
             if found.end:

@@ -47,6 +47,7 @@ def benches(gpu: bool) -> list[Bench]:
     from .bench_decode import LENGTHS, bench_decode
     from .bench_growth import bench_growth
     from .bench_more_frames import bench_more_frames
+    from .bench_planner import GPU_SHAPES as PLANNED
     from .bench_planner import SHAPES, bench_shape
     from .bench_reading import GOPS, bench_gop
     from .bench_reduction import CASES, SIDE, WIDTH, bench_case
@@ -65,6 +66,9 @@ def benches(gpu: bool) -> list[Bench]:
         Bench(f"decode-{shapes[0]}", partial(bench_decode, shape=shapes[0], lengths=LENGTHS if gpu else LENGTHS[:2]))
     )
     if gpu:
+        for name, shape in PLANNED.items():  # the device is measured once, for the first of them
+            first = name == next(iter(PLANNED))
+            found.append(Bench(f"planner-{name}", partial(bench_shape, shape, device="cuda", recalibrate=first)))
         return found
     found += [Bench(f"reduction-{frames}x{SIDE * SIDE}x{WIDTH}", partial(bench_case, frames)) for frames in CASES]
     found.append(Bench("more-frames-synthetic", bench_more_frames))

@@ -12,7 +12,7 @@ import torch
 from holimerge.config import LIMITS, Budget, Config, ConfigError
 from holimerge.planning.calibrate import calibrated
 from holimerge.planning.device import cache_folder
-from holimerge.planning.predict import STAGES
+from holimerge.planning.predict import GIB, STAGES
 from holimerge.planning.solve import ENOUGH, Choice, Setting, most_frames, plan
 from holimerge.registry import nearest
 from holimerge.shapes import SHAPES, Shape, build_config, count_parameters, load_shape, shape_of
@@ -81,7 +81,7 @@ def setting_of(
     kind = config.model_type
     return Setting(
         shape=shape,
-        device=calibrated(device, dtype, attention, again=recalibrate),
+        device=calibrated(device, dtype, attention, shape=shape, again=recalibrate),
         text_tokens=text_tokens,
         grid=None if shape.vision.side is not None else (known.grid if known else SHAPES["qwen2.5-vl-7b"].grid),
         separators=known.separators if known else int(kind == "llava_onevision"),
@@ -198,7 +198,9 @@ def measure_choices(
 
     Returns:
         name -> `ms` (ttft and stages: median, min, max, p90, n), `tokens`, `error` (predicted / measured - 1 of the
-        time to first token and of each stage, from medians), `clock`.
+        time to first token and of each stage, from medians, and of the `memory`), `memory_gib` (the peak: of the
+        allocator on a GPU, else all that is resident, the interpreter and its libraries too; None where there is
+        none), `clock`.
     """
     first = next(model.parameters())
     (frames,) = {choice.frames for choice in choices.values()}
@@ -221,9 +223,13 @@ def measure_choices(
             for stage in STAGES
             if stage in measured and measured[stage]["median"] > 0 and choice.stages[stage] > 0
         }
+        peak = runs[name]["peak_memory_bytes"]
+        if peak is not None:
+            error["memory"] = choice.memory_gib / (peak / GIB) - 1
         found[name] = {
             "ms": {"ttft": ms["ttft"], "stages": measured},
             "tokens": tokens,
+            "memory_gib": None if peak is None else round(peak / GIB, 4),
             "error": {stage: round(value, 4) for stage, value in error.items()},
             "clock": "the process's time" if clock.__name__ == "process_time" else "the wall clock",
         }
@@ -258,10 +264,9 @@ def show_plan(result: Mapping[str, Any], console: Any) -> None:
     console.print(table)
     after = "" if tokens["after_inner"] is None else f", {tokens['after_inner']} after the inner merge"
     console.print(f"video tokens: {tokens['video']}, entering the LLM {tokens['entering']}{after}", highlight=False)
-    console.print(
-        f"memory, predicted: {predicted['memory_gib']:.3g} GiB; FLOPs of the prefill: {100 * predicted['flops']:.1f} %",
-        highlight=False,
-    )
+    taken = f", measured: {run['memory_gib']:.3g} GiB" if run and run["memory_gib"] is not None else ""
+    console.print(f"memory, predicted: {predicted['memory_gib']:.3g} GiB{taken}", highlight=False)
+    console.print(f"FLOPs of the prefill: {100 * predicted['flops']:.1f} %", highlight=False)
     if run:
         console.print(f"measured by {run['clock']}", style="dim", highlight=False)
 

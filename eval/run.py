@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -16,6 +15,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from holimerge.api import _handle, _inner_model, merging
 from holimerge.config import Config
+from holimerge.planning.stock import watched
 from holimerge.registry import family_module
 from holimerge.timing import StageClock, now
 
@@ -69,10 +69,8 @@ def run_once(
     extra: dict[str, Any] = {"min_new_tokens": max_new_tokens} if whole and max_new_tokens > 1 else {}
     if max_new_tokens > 1:
         extra["stopping_criteria"] = StoppingCriteriaList([ticks])
-    watched: AbstractContextManager[StageClock | None] = (
-        nullcontext() if _handle(model) is not None else _watched(model)
-    )
-    with watched as clock, _no_collection():
+    timed: AbstractContextManager[StageClock | None] = nullcontext() if _handle(model) is not None else watched(model)
+    with timed as clock, _no_collection():
         if memory:
             _reset_peak(devices)
         _synchronise(devices)
@@ -115,45 +113,6 @@ def rows_seen(model: Any) -> tuple[int, ...]:
     if handle is None or len(handle.report.encoders) != 1 or len(handle.report.videos) != 1:
         return ()
     return tuple(handle.report.encoders[0].rows)
-
-
-@contextmanager
-def _watched(model: Any) -> Iterator[StageClock]:
-    """Time vision and prefill of an unpatched model inside the block; afterwards it is as it was."""
-    inner = _inner_model(model)
-    family = family_module(inner.config.model_type).FAMILY
-    core, language_model = family.core(inner), family.language_model(inner)
-    clock = StageClock()
-    stock = core.get_video_features
-    own = core.__dict__.get("get_video_features")  # somebody else's replacement, which stays
-
-    @functools.wraps(stock)
-    def timed(*args: Any, **kwargs: Any) -> Any:
-        tensors = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
-        with clock.stage("vision", next(tensors).device):
-            return stock(*args, **kwargs)
-
-    def begin(module: Any, args: Any, kwargs: Any) -> None:
-        if kwargs["inputs_embeds"].shape[1] > 1:  # decoding steps are not the prefill
-            clock.start("prefill", kwargs["inputs_embeds"].device)
-
-    def end(module: Any, args: Any, kwargs: Any, output: Any) -> None:
-        if kwargs["inputs_embeds"].shape[1] > 1:
-            clock.stop("prefill", kwargs["inputs_embeds"].device)
-
-    hooks = [
-        language_model.register_forward_pre_hook(begin, with_kwargs=True),
-        language_model.register_forward_hook(end, with_kwargs=True),
-    ]
-    core.__dict__["get_video_features"] = timed
-    try:
-        yield clock
-    finally:
-        del core.__dict__["get_video_features"]
-        if own is not None:
-            core.__dict__["get_video_features"] = own
-        for hook in hooks:
-            hook.remove()
 
 
 @contextmanager

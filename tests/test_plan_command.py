@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 
 import pytest
-from made_up import device
+import torch
+from made_up import device, h200
 from typer.testing import CliRunner
 
 import holimerge
 from holimerge.config import Budget, ConfigError
 from holimerge.eval import bench_planner, planning
 from holimerge.eval.bench import bench_inputs
+from holimerge.eval.bench_suite import benches
 from holimerge.eval.cli import app
 from holimerge.shapes import build_config, shape_of
 
@@ -52,6 +54,8 @@ def test_a_plan_is_run_and_compared(tmp_path):
         key: tokens[key] for key in ("entering", "after_inner")
     }
     assert tokens["video"] == run["tokens"]["features"] == 64
+    memory = found["predicted"]["memory_gib"] / run["memory_gib"] - 1
+    assert run["error"]["memory"] == pytest.approx(memory, abs=1e-2)
     ttft = run["ms"]["ttft"]["median"]
     assert run["error"]["ttft"] == pytest.approx(found["predicted"]["ttft_ms"] / ttft - 1, abs=1e-3)
     assert {"vision", "reduce", "project", "splice", "prefill", "other"} <= set(run["ms"]["stages"])
@@ -128,6 +132,30 @@ def test_the_bench_has_three_families_and_compares_both_sides(monkeypatch):
     errors = [case[side]["measured"]["error"]["ttft"] for case in cases for side in ("unpatched", "plan")]
     assert found["errors"]["largest"] == max(map(abs, errors))
     assert found["aim"]["met"] is (max(map(abs, errors)) <= 0.15)
+    memory = [case[side]["measured"]["error"]["memory"] for case in cases for side in ("unpatched", "plan")]
+    assert found["memory_errors"]["largest"] == max(map(abs, memory))
     for case in cases:
         assert case["plan"]["predicted"]["ttft_ms"] <= case["budget"]["ttft_ms"]
         assert case["plan"]["tokens"]["entering"] < case["unpatched"]["tokens"]["entering"]
+
+
+def test_on_a_gpu_the_bench_plans_for_the_published_models(monkeypatch):
+    assert [shape.model_type for shape in bench_planner.GPU_SHAPES.values()] == [
+        shape.model_type for shape in bench_planner.SHAPES.values()
+    ]
+    planner = {bench.stem: bench.run.keywords for bench in benches(True) if bench.stem.startswith("planner-")}
+    assert list(planner) == [f"planner-{name}" for name in bench_planner.GPU_SHAPES]
+    assert [keywords["recalibrate"] for keywords in planner.values()] == [True, False, False]
+    here = h200()
+    for shape in bench_planner.GPU_SHAPES.values():
+        config = build_config(shape)
+        monkeypatch.setattr(planning, "calibrated", lambda *args, **kwargs: here)
+        setting = planning.setting_of(config, shape, device=torch.device("cpu"), dtype=torch.bfloat16)
+        for frames in bench_planner.FRAMES["cuda"]:
+            whole = planning.plan(setting, Budget(retain=1.0), frames).ttft_ms
+            limits, choice = bench_planner._within(setting, frames, whole, 0.6, bench_planner.RETAIN["cuda"])
+            assert choice.ttft_ms <= limits["ttft_ms"]
+            assert choice.entering <= 0.25 * choice.total + 1
+            for share in (1e-3, 10.0):  # less than is possible; more than enough
+                limits, choice = bench_planner._within(setting, frames, whole, share, 0.25)
+                assert choice.ttft_ms <= limits["ttft_ms"]

@@ -24,7 +24,7 @@ from holimerge.config import Budget, ConfigError, load_config
 from holimerge.cost import inner_kept, largest_budget, llm_prefill_exact
 from holimerge.encoding import Grid
 from holimerge.eval.toy import toy_config
-from holimerge.planning import calibrate, solve
+from holimerge.planning import calibrate, solve, tables, watch
 from holimerge.planning.device import (
     Conditions,
     Device,
@@ -45,7 +45,7 @@ from holimerge.planning.solve import (
     most_frames,
     plan,
     share_out,
-    tower_share,
+    tower_left,
 )
 from holimerge.shapes import SHAPES, build_config, load_shape, shape_of, text_shape
 
@@ -355,6 +355,17 @@ def test_the_most_frames_that_fit_are_those_of_a_search_by_hand():
 
 # ---------------------------------------------------------------------- the cache
 
+SMALLEST = tables.CPU._replace(
+    edges=(16, 32),
+    rows=(1, 8),
+    lengths=(4, 8),
+    elements=(512, 1024),
+    patches=(4,),
+    pooled=((1, 4),),
+    reduced=((2, 2, 8), (4, 2, 8), (4, 4, 16)),
+    spread=1024,
+)
+
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
@@ -400,7 +411,7 @@ def test_a_file_that_is_no_measurement_is_a_warning_and_measured_anew(folder, te
 def test_a_device_is_measured_once_and_again_when_asked(folder, monkeypatch, caplog):
     runs = []
 
-    def measured(_where, _dtype, _key, old, method):
+    def measured(_where, _dtype, _key, old, method, _shape):
         runs.append((old is not None, method))
         return device(len(runs))
 
@@ -426,17 +437,9 @@ def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch):
 
 def test_measuring_this_machine_gives_usable_tables_and_disturbs_nothing(folder, monkeypatch):
     """At the smallest sizes; a figure is not checked, only that there is one for everything that is asked."""
-    for name, sizes in {
-        "EDGES": (16, 32),
-        "ROWS": (1, 8),
-        "LENGTHS": (4, 8),
-        "ELEMENTS": (512, 1024),
-        "PATCHES": (4,),
-        "PASSES": 1,
-        "SAMPLE_MS": 0.01,
-        "SPREAD_BYTES": 1024,
-    }.items():
-        monkeypatch.setattr(calibrate, name, sizes)
+    monkeypatch.setattr(calibrate, "CPU", SMALLEST)
+    monkeypatch.setattr(watch, "PASSES", 1)
+    monkeypatch.setattr(watch, "SAMPLE_MS", 0.01)
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
@@ -459,8 +462,8 @@ def test_the_fit_of_a_reduction_finds_the_coefficients_and_none_is_negative():
     rng = np.random.default_rng(0)
     terms = rng.uniform(1, 100, (8, 4))
     for wanted in ([1, 2, 3, 4], [0, 2, 0, 1], [0, 0, 0, 5]):
-        assert calibrate._positive_fit(terms, terms @ np.array(wanted, float)) == pytest.approx(wanted, abs=1e-6)
-    assert min(calibrate._positive_fit(terms, terms @ np.array([5.0, -0.01, 1, 1]))) >= 0
+        assert tables.positive_fit(terms, terms @ np.array(wanted, float)) == pytest.approx(wanted, abs=1e-6)
+    assert min(tables.positive_fit(terms, terms @ np.array([5.0, -0.01, 1, 1]))) >= 0
 
 
 # ---------------------------------------------------------------------- inside a patched model
@@ -581,13 +584,13 @@ def test_a_model_without_a_cost_model_is_refused_when_it_is_patched():
 
 
 def test_the_attention_that_is_measured_is_the_models(monkeypatch):
-    assert calibrate.attention_function("sdpa").__name__ == "sdpa_attention_forward"
-    assert calibrate.attention_function("eager").__name__ == "eager_attention_forward"
+    assert tables.attention_function("sdpa").__name__ == "sdpa_attention_forward"
+    assert tables.attention_function("eager").__name__ == "eager_attention_forward"
     module = SimpleNamespace(is_causal=True, num_key_value_groups=1, training=False)
     q, k, v = torch.randn(3, 1, 2, 5, 8)
     mask = torch.full((1, 1, 5, 5), -math.inf).triu(1)
-    eager = calibrate.attention_function("eager")(module, q, k, v, mask, dropout=0.0, scaling=0.3)[0]
-    sdpa = calibrate.attention_function("sdpa")(module, q, k, v, None, dropout=0.0, scaling=0.3, is_causal=True)[0]
+    eager = tables.attention_function("eager")(module, q, k, v, mask, dropout=0.0, scaling=0.3)[0]
+    sdpa = tables.attention_function("sdpa")(module, q, k, v, None, dropout=0.0, scaling=0.3, is_causal=True)[0]
     assert torch.allclose(eager, sdpa, atol=1e-5)
 
 
@@ -606,9 +609,9 @@ def test_settings_inside_the_tower_are_those_whose_work_is_known(name):
     for setting, share in zip(settings, (0.25, 0.5), strict=True):
         encoder = load_config({"base": "holimerge-10", **setting.config}).encoder
         assert abs(encoder.tokens.r * vision.layers - share * tokens) <= vision.layers / 2
-        assert setting.tower_share == tower_share(vision, encoder, known.grid)
+        assert setting.tower_share == tower_left(vision, encoder, known.grid)[0]
     unknown = load_config("holimerge-10-frames").encoder  # which frames merge depends on the video
-    assert tower_share(vision, unknown, known.grid) == tower_share(vision, None, known.grid) == 1
+    assert tower_left(vision, unknown, known.grid) == tower_left(vision, None, known.grid) == (1, 0)
 
 
 def test_a_patched_model_counts_what_its_tower_is_left_to_do():
@@ -619,5 +622,5 @@ def test_a_patched_model_counts_what_its_tower_is_left_to_do():
         holimerge.patch_model(model, cfg)
         row = row_of(handle_of(model), [Grid(4, 4, 4)], 10)
         shares.append(row.scheme.tower_share)
-        assert shares[-1] == tower_share(shape_of(model.config).vision, cfg.encoder, None)
+        assert shares[-1] == tower_left(shape_of(model.config).vision, cfg.encoder, None)[0]
     assert shares[0] == 1 > shares[1]

@@ -3,6 +3,9 @@
 A table is a list of (size, milliseconds). Between two points time follows a power law (a line on logarithmic axes);
 below the first point it stays (what is left is launching), beyond the last it grows with the power that the arithmetic
 has. Tables are made monotone, so that what is larger never looks faster: a planner may then bisect.
+
+On a CPU a table holds what a call takes. On a GPU it holds how long the device is busy, and what the host takes to
+issue the work stands beside it (`Device.host`), see `holimerge.planning.timeline`.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-VERSION = 1  # of what is measured; a file of another version is measured anew
+VERSION = 2  # of what is measured; a file of another version is measured anew
 
 OPERATIONS = (
     *("add", "copy", "transpose", "rmsnorm", "layernorm", "gelu", "silu_mul", "rotary"),
@@ -64,6 +67,11 @@ def read_table(points: Points, size: float, power: float = 1.0) -> float:
     return min(y1, y0 * (y1 / y0) ** share)  # not above it by rounding
 
 
+def product_name(inner: float, outer: float) -> str:
+    """The key of a matrix product in `Device.products`."""
+    return f"{inner} x {outer}"
+
+
 @dataclass(frozen=True)
 class Conditions:
     """Under which a table holds: everything that changes a time but is no size."""
@@ -92,9 +100,15 @@ class Device:
     attention: causal or full, and head width, as "causal-64" -> times by length of one head's attention.
     elementwise: operation -> times by elements.
     received: times by patches of a frame, of one head's received attention.
-    overhead: what is left of a model whose arithmetic is nothing, by stage and layer.
+    overhead: what is left of a model whose arithmetic is nothing, by stage and layer; of a CPU.
     reduction: method -> (constant, per frame, per token, per feature value), see `reduce_ms`.
     seconds: how long measuring took.
+
+    Of a GPU:
+    attention: also the time of a call of a few heads, as "causal-64-call"; the others are of a device that is full.
+    products: "inner x outer" of a model's matrix products and, with "embed ", of its patch embedding -> times by rows.
+    host: "model type, stock" or ", patched" -> ms to issue a stage, a layer, a call; see `holimerge.planning.tiny`.
+    shapes: the models whose products and heads were measured.
     """
 
     conditions: Conditions
@@ -104,29 +118,53 @@ class Device:
     received: Points
     overhead: Mapping[str, float] = field(default_factory=dict)
     reduction: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    products: Mapping[str, Points] = field(default_factory=dict)
+    host: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    shapes: tuple[str, ...] = ()
     seconds: float = 0.0
+
+    @property
+    def apart(self) -> bool:
+        """Whether times are those of the device alone, beside those of the host."""
+        return self.conditions.kind == "cuda"
 
     def matmul_ms(self, rows: float, inner: float, outer: float) -> float:
         """[rows, inner] times [inner, outer]."""
         if rows <= 0 or inner <= 0 or outer <= 0:
             return 0.0
+        exact = self.products.get(product_name(inner, outer))
+        if exact is not None:
+            return read_table(exact, rows)
         edge = math.sqrt(inner * outer)
         by_edge = tuple((edge_of, read_table(points, rows)) for edge_of, points in self.matmul)
         return read_table(monotone(by_edge), edge, 2.0)
 
+    def embed_ms(self, rows: float, inner: int, outer: int, temporal: int) -> float:
+        """The patch embedding, a convolution of as many multiplications as [rows, inner] times [inner, outer]."""
+        exact = self.products.get(f"embed {product_name(inner, outer)}")
+        if exact is not None:
+            return read_table(exact, rows) if rows > 0 else 0.0
+        return self.overhead.get(f"convolution_{1 + temporal}", 1.0) * self.matmul_ms(rows, inner, outer)
+
     def attention_ms(self, length: float, heads: int, width: int, *, causal: bool, calls: int = 1) -> float:
         """`calls` attentions of `heads` heads over `length` tokens; between two head widths the line through both."""
         kind = "causal" if causal else "full"
-        widths = sorted(int(name.split("-")[1]) for name in self.attention if name.startswith(kind))
-        low, high = widths[0], widths[-1]
-        at_low, at_high = (read_table(self.attention[f"{kind}-{w}"], length, 2.0) for w in (low, high))
-        at_high = max(at_low, at_high)
+        per_head = self._by_width(kind, length, width)
+        call = self._by_width(kind, length, width, "-call") if self.apart else 0.0
+        return calls * max(call, heads * per_head)
+
+    def _by_width(self, kind: str, length: float, width: int, of: str = "") -> float:
+        names = [name for name in self.attention if name.startswith(kind) and name.endswith("-call") == bool(of)]
+        widths = sorted(int(name.split("-")[1]) for name in names)
+        if not widths:
+            return 0.0
+        low = max((w for w in widths if w <= width), default=widths[0])
+        high = min((w for w in widths if w >= width), default=widths[-1])
+        at_low, at_high = (read_table(self.attention[f"{kind}-{w}{of}"], length, 2.0) for w in (low, high))
         if width > high:
-            per_head = at_high * width / high
-        else:
-            share = max(0.0, (width - low) / (high - low)) if high > low else 0.0
-            per_head = at_low + share * (at_high - at_low)
-        return calls * (self.overhead.get("attention_call", 0.0) + heads * per_head)
+            return at_high * width / high
+        share = max(0.0, (width - low) / (high - low)) if high > low else 0.0
+        return at_low + share * (max(at_low, at_high) - at_low)
 
     def elementwise_ms(self, operation: str, elements: float) -> float:
         return read_table(self.elementwise[operation], elements)
@@ -175,6 +213,9 @@ class Device:
             received=points(plain["received"]),
             overhead={str(k): numbers([v])[0] for k, v in plain["overhead"].items()},
             reduction={str(k): numbers(v) for k, v in plain["reduction"].items()},
+            products={str(k): points(v) for k, v in plain["products"].items()},
+            host={str(k): {str(n): numbers([ms])[0] for n, ms in v.items()} for k, v in plain["host"].items()},
+            shapes=tuple(map(str, plain["shapes"])),
             seconds=float(plain["seconds"]),
         )
 

@@ -11,7 +11,7 @@ from ..encoding import Grid
 from ..shapes import ModelShape, shape_of, text_shape
 from .device import Device
 from .predict import Clip, Prompt, Scheme
-from .solve import Row, tower_share
+from .solve import Row, tower_left
 
 if TYPE_CHECKING:
     from ..handle import Handle
@@ -59,8 +59,9 @@ def row_of(handle: Handle, grids: Sequence[Grid], rest: int) -> Row:
     weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     element = next(handle.lm.parameters()).element_size()
     prompt = Prompt(shape, tuple(_clip(shape, grid) for grid in grids), rest, weights, element)
-    device = device_of(handle) if budget.ttft_ms is not None else None
-    scheme = replace(row.scheme, tower_share=tower_share(shape.vision, handle.config.encoder, prompt.clips[0].grid))
+    device = device_of(handle, shape) if budget.ttft_ms is not None else None
+    share, merging = tower_left(shape.vision, handle.config.encoder, prompt.clips[0].grid)
+    scheme = replace(row.scheme, tower_share=share, merging=merging)
     return Row(row.text, totals, rest, scheme, prompt, device, _attention(handle) == "eager")
 
 
@@ -75,9 +76,9 @@ def _attention(handle: Handle) -> str:
     return str(getattr(handle.model.config, "_attn_implementation", None) or "sdpa")
 
 
-def device_of(handle: Handle) -> Device:
+def device_of(handle: Handle, shape: ModelShape) -> Device:
     """The tables of the device that holds the decoder; measured now where they are not known (seconds)."""
     from .calibrate import calibrated
 
     first = next(handle.lm.parameters())
-    return calibrated(first.device, first.dtype, _attention(handle), method=handle.config.method)
+    return calibrated(first.device, first.dtype, _attention(handle), method=handle.config.method, shape=shape)

@@ -1,22 +1,27 @@
 """Milliseconds by stage and peak memory of a prompt, from sizes and from what a device was measured to do.
 
 Every matrix product, attention and pass over the activations of the stock classes (transformers 5.23) is looked up in
-the device's tables and summed; the stages are those of `holimerge.report.Report.milliseconds`, and `other` (token
-embedding, lm_head, `generate` itself). Memory is arithmetic alone: weights, the cache, and the largest set of
-activations alive at once. Both are of one prompt (a batch of one row), and never fall when a token is added.
+the device's tables and summed, beside what the host takes to issue it (`holimerge.planning.timeline`). The stages are
+those of `holimerge.report.Report.milliseconds`, and `other` (token embedding, lm_head, `generate` itself). Memory is
+arithmetic alone: weights, the cache, and the largest set of activations alive at once. Both are of one prompt (a batch
+of one row), and never fall when a token is added.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from ..cost import inner_kept, llm_prefill_exact
-from ..shapes import Grid, ModelShape, TextShape
+from ..shapes import Grid, ModelShape, TextShape, VisionShape
 from .device import Device
+from .timeline import Step, by_stage
 
 STAGES = ("vision", "reduce", "project", "splice", "prefill", "other")
 GIB = 2**30
 _RMS = ("qwen2_5_vl",)  # towers with RMS norms; the others have layer norms
+_MERGING_PASSES = 14  # over a block's rows, as copies: matched, merged twice in float32, spread
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class Scheme:
 
     method: of the outer reduction; None for the stock model. at: where it works. layer, retain: of the inner merge.
     chunk: temporal steps per call of the tower. tower_share: FLOPs that a setting inside the vision tower leaves of
-    it; 1 without one.
+    it; 1 without one. merging: blocks of the tower in which it merges tokens.
     """
 
     method: str | None = "holitom"
@@ -42,6 +47,7 @@ class Scheme:
     retain: float | None = None
     chunk: int | None = None
     tower_share: float = 1.0
+    merging: int = 0
 
 
 @dataclass(frozen=True)
@@ -82,27 +88,54 @@ def flops_share(prompt: Prompt, scheme: Scheme, entering: int) -> float:
 
 def predict(prompt: Prompt, device: Device, scheme: Scheme, entering: int) -> dict[str, float]:
     """Milliseconds by stage (`STAGES`) of a prompt of which `entering` video tokens enter the LLM."""
-    reduced = scheme.method is not None
-    ms = dict.fromkeys(STAGES, 0.0)
+    return by_stage(steps_of(prompt, device, scheme, entering), STAGES)
+
+
+def steps_of(prompt: Prompt, device: Device, scheme: Scheme, entering: int) -> list[Step]:
+    """What host and device do, in order; on a CPU, whose tables hold both, as if it were the device alone."""
+    return [*vision_steps(prompt, device, scheme), *later_steps(prompt, device, scheme, entering)]
+
+
+def vision_steps(prompt: Prompt, device: Device, scheme: Scheme) -> list[Step]:
+    """Those of the vision tower, which does not know how many tokens will enter."""
+    host = _host(prompt.shape, device, scheme)
+    return [step for clip in prompt.clips for step in _vision(prompt, device, scheme, clip, host)]
+
+
+def later_steps(prompt: Prompt, device: Device, scheme: Scheme, entering: int) -> list[Step]:
+    """Those behind it."""
+    host, reduced = _host(prompt.shape, device, scheme), scheme.method is not None
     share = entering / max(1, prompt.total)
-    for clip in prompt.clips:
-        ms["vision"] += _vision(prompt, device, scheme, clip)
-        if reduced:
-            kept = share * prompt.tokens(clip)
-            width = _decision_width(prompt.shape, scheme)
-            steps = clip.steps
-            ms["reduce"] += device.reduce_ms(str(scheme.method), steps, prompt.tokens(clip) // steps, width)
-            ms["project"] += _project(prompt, device, scheme, clip, kept)
+    steps: list[Step] = []
+    for clip in prompt.clips if reduced else ():
+        per_step = prompt.tokens(clip) // clip.steps
+        ms = device.reduce_ms(str(scheme.method), clip.steps, per_step, _decision_width(prompt.shape, scheme))
+        # launching little things, on a GPU
+        steps.append(Step("reduce", 0.0, ms + host("reduce")) if device.apart else Step("reduce", ms))
+    for clip in prompt.clips if reduced else ():
+        ms = _project(prompt, device, scheme, clip, share * prompt.tokens(clip))
+        steps.append(Step("project", ms, host("project")))
     length, text = prompt.rest + prompt.total, prompt.shape.text
+    # token embedding and `generate` itself; models ask the device whether features and placeholders are as many
+    other = device.overhead.get("other", 0.0) + _passes(device, 4, length * text.width)
+    steps.append(Step("other", other, host("other"), waits=True))
     if reduced:
-        ms["splice"] = device.overhead.get("splice", 0.0) + _passes(device, 5, length * text.width)
-    ms["prefill"] = _prefill(prompt, device, scheme, entering)
-    ms["other"] = (
-        device.overhead.get("other", 0.0)
-        + _passes(device, 4, length * text.width)
-        + device.matmul_ms(1, text.width, text.vocab)
-    )
-    return ms
+        moved = device.overhead.get("splice", 0.0) + _passes(device, 5, length * text.width)
+        steps.append(Step("splice", moved, host("splice")))
+    steps += _prefill(prompt, device, scheme, entering, host)
+    steps.append(Step("other", device.matmul_ms(1, text.width, text.vocab)))
+    return steps
+
+
+def flow_name(model_type: str, *, stock: bool) -> str:
+    """The key of a model's times in `Device.host`."""
+    return f"{model_type}, {'stock' if stock else 'patched'}"
+
+
+def _host(shape: ModelShape, device: Device, scheme: Scheme) -> Callable[[str], float]:
+    """ms that the host takes to issue something; 0 on a CPU."""
+    times = device.host.get(flow_name(shape.model_type, stock=scheme.method is None), {})
+    return lambda name: times.get(name, 0.0)
 
 
 def _passes(device: Device, count: float, elements: float) -> float:
@@ -113,53 +146,99 @@ def _decision_width(shape: ModelShape, scheme: Scheme) -> int:
     return shape.vision.decision_width if scheme.at == "projector_input" else shape.text.width
 
 
-def tower_layer(device: Device, shape: ModelShape, patches: int, attention: float) -> float:
-    """One block of the vision tower over `patches` rows. attention: ms of its attention calls."""
+def tower_products(shape: ModelShape) -> list[tuple[int, int]]:
+    """(inner, outer) of the matrix products of one block of the vision tower."""
+    v = shape.vision
+    d, m = v.width, v.mlp
+    products = [(d, d)] * 4 if v.side is not None else [(d, 3 * d), (d, d)]
+    return products + [(d, m)] * (2 if v.gated else 1) + [(m, d)]
+
+
+def decoder_products(text: TextShape) -> list[tuple[int, int]]:
+    """(inner, outer) of the matrix products of one decoder layer."""
+    d, queries, keys = text.width, text.heads * text.head_dim, text.kv_heads * text.head_dim
+    return [(d, queries), (d, keys), (d, keys), (queries, d), (d, text.mlp), (d, text.mlp), (text.mlp, d)]
+
+
+def projector_products(vision: VisionShape) -> list[tuple[int, int]]:
+    """(inner, outer) of the matrix products of one projector."""
+    wide, hidden, out = vision.projector
+    return [(wide, hidden), (hidden, out)]
+
+
+def tower_layer(device: Device, shape: ModelShape, patches: int) -> float:
+    """One block of the vision tower over `patches` rows, without its attention."""
     v = shape.vision
     n, d, m = patches, v.width, v.mlp
-    flat = shape.model_type in ("llava_onevision", "llava_video")
-    products = [(d, d)] * 4 if flat else [(d, 3 * d), (d, d)]
-    products += [(d, m)] * (2 if v.gated else 1) + [(m, d)]
     norm = "rmsnorm" if shape.model_type in _RMS else "layernorm"
-    ms = attention + sum(device.matmul_ms(n, a, b) for a, b in products)
+    ms = sum(device.matmul_ms(n, a, b) for a, b in tower_products(shape))
     ms += 2 * device.elementwise_ms(norm, n * d) + 2 * device.elementwise_ms("add", n * d)
     ms += device.elementwise_ms("silu_mul" if v.gated else "gelu", n * m)
-    ms += 2 * device.elementwise_ms("transpose", n * d)
-    if not flat:
+    if not device.apart:  # a GPU's kernels read and write heads where they lie
+        ms += 2 * device.elementwise_ms("transpose", n * d)
+    if v.side is None:
         ms += 2 * device.elementwise_ms("rotary_fused", n * d)
     return ms + device.overhead.get("tower_layer", 0.0)
 
 
-def _vision(prompt: Prompt, device: Device, scheme: Scheme, clip: Clip) -> float:
-    v, shape = prompt.shape.vision, prompt.shape
+def _vision(prompt: Prompt, device: Device, scheme: Scheme, clip: Clip, host: Callable[[str], float]) -> Iterator[Step]:
+    v, shape, stock = prompt.shape.vision, prompt.shape, scheme.method is None
     cells = v.frame_grid(clip.grid)
     per_step = cells[0] * cells[1]
-    width = v.width // v.heads
+    late = stock or scheme.at == "projector_output"
+    values = v.channels * v.temporal_patch * v.patch**2
     ms = device.overhead.get("vision", 0.0)
-    for steps in _pieces(clip.steps, scheme.chunk):
-        rows = steps * per_step
-        blocks = 0.0
-        for block in range(v.layers):
-            attention = sum(
-                device.attention_ms(n, v.heads * parallel, width, causal=False, calls=calls)
-                for n, parallel, calls in _spans(shape, cells, block, steps)
-            )
-            blocks += tower_layer(device, shape, rows, attention)
-        ms += blocks * scheme.tower_share
-        convolution = device.overhead.get(f"convolution_{1 + v.temporal_patch}", 1.0)
-        ms += convolution * device.matmul_ms(rows, v.channels * v.temporal_patch * v.patch**2, v.width)
-        ms += _passes(device, 2, rows * v.channels * v.temporal_patch * v.patch**2)
+    for count in _pieces(clip.steps, scheme.chunk):
+        rows = count * per_step
+        ms += device.embed_ms(rows, values, v.width, v.temporal_patch) + _passes(device, 2, rows * values)
         ms += device.elementwise_ms("layernorm", rows * v.width)
+        yield Step("vision", ms, host("vision"))
+        yield from _blocks(shape, device, scheme, cells, count, host)
+        ms = 0.0
     rows = clip.steps * per_step
-    if scheme.method is not None:
+    if not stock:
         ms += device.received_ms(clip.steps, v.heads, per_step)
         ms += _passes(device, 2, rows * v.width)  # the queries and keys that were captured
-    if scheme.method is None or scheme.at == "projector_output":
+    if late:
         ms += _projector(device, shape, rows // v.merge**2)
     if v.pooled:
-        late = scheme.method is None or scheme.at == "projector_output"
-        ms += device.elementwise_ms("pool", rows * (shape.text.width if late else v.width))
-    return ms
+        width = shape.text.width if late else v.width
+        if stock or shape.model_type != "llava_onevision":
+            ms += device.elementwise_ms("pool", rows * width)
+        else:  # its four taps gathered, and their sum in the features' dtype
+            ms += _passes(device, 5, prompt.tokens(clip) * width)
+    # a reduction begins by asking the device what the segments are made of, a stock model whether the features fit
+    yield Step("vision", ms, waits=True)
+
+
+def _blocks(
+    shape: ModelShape, device: Device, scheme: Scheme, cells: Grid, steps: int, host: Callable[[str], float]
+) -> Iterator[Step]:
+    """All blocks of the tower over `steps` temporal steps."""
+    v, stock = shape.vision, scheme.method is None
+    rows = steps * cells[0] * cells[1]
+    # stock towers of a free resolution ask the device for the spans' lengths and go through them one by one
+    looped = device.apart and stock and v.side is None and not device.conditions.attention.startswith("flash")
+    plain = tower_layer(device, shape, rows)
+    for count, spans in _kinds_of_blocks(shape, cells, steps):
+        attention, calls = 0.0, 0
+        for length, many in spans:
+            together = stock and v.side is None  # one call a span
+            heads, times = (v.heads, many) if together else (v.heads * many, 1)
+            attention += device.attention_ms(length, heads, v.width // v.heads, causal=False, calls=times)
+            calls += times
+        if looped:
+            for _ in range(count):
+                yield Step("vision", plain * scheme.tower_share, host("tower_layer"), waits=True)
+                yield Step("vision", attention * scheme.tower_share, calls * host("attention_call"))
+            continue
+        if len(spans) > 1 and not stock:  # gathered by length: queries, keys, values, and what comes out
+            attention += _passes(device, 4, rows * v.width)
+        issued = host("tower_layer") + (len(spans) - 1) * host("attention_call")
+        yield Step("vision", count * (plain + attention) * scheme.tower_share, count * issued)
+    if scheme.merging and device.apart:
+        work = _passes(device, _MERGING_PASSES, rows * v.width)
+        yield Step("vision", scheme.merging * work, scheme.merging * host("merging"))
 
 
 def _pieces(steps: int, chunk: int | None) -> list[int]:
@@ -168,22 +247,22 @@ def _pieces(steps: int, chunk: int | None) -> list[int]:
     return [chunk] * (steps // chunk) + ([steps % chunk] if steps % chunk else [])
 
 
-def _spans(shape: ModelShape, cells: Grid, block: int, steps: int) -> list[tuple[float, int, int]]:
-    """(length, attentions computed together, calls) of a block's attention over `steps` frames."""
+def _kinds_of_blocks(shape: ModelShape, cells: Grid, steps: int) -> list[tuple[int, list[tuple[int, int]]]]:
+    """Blocks that attend alike: how many, and (length, number) of their spans over `steps` frames, one for a length."""
     v = shape.vision
-    whole = cells[0] * cells[1]
-    if v.side is not None:  # frames are a batch
-        return [(whole, steps, 1)]
-    if not v.window or block in v.full_layers:
-        return [(whole, 1, steps)]
+    whole = [(cells[0] * cells[1], steps)]
+    if not v.window:
+        return [(v.layers, whole)]
     rows, columns = ([v.window] * (edge // v.window) + [edge % v.window] * bool(edge % v.window) for edge in cells)
-    return [(r * c, 1, steps) for r in rows for c in columns]
+    windows = Counter(r * c for r in rows for c in columns)
+    full = sum(block in v.full_layers for block in range(v.layers))
+    return [(full, whole), (v.layers - full, [(length, steps * many) for length, many in windows.items()])]
 
 
 def _projector(device: Device, shape: ModelShape, rows: float) -> float:
     """All projectors over `rows` of their input."""
-    wide, hidden, out = shape.vision.projector
-    one = device.matmul_ms(rows, wide, hidden) + device.matmul_ms(rows, hidden, out)
+    wide, hidden, _ = shape.vision.projector
+    one = sum(device.matmul_ms(rows, a, b) for a, b in projector_products(shape.vision))
     one += device.elementwise_ms("gelu", rows * hidden)
     if shape.vision.side is None:
         one += device.elementwise_ms("rmsnorm" if shape.model_type in _RMS else "layernorm", rows * wide)
@@ -209,35 +288,41 @@ def _project(prompt: Prompt, device: Device, scheme: Scheme, clip: Clip, kept: f
 def decoder_layer_ms(device: Device, text: TextShape, n: int, *, head_norms: bool = False) -> float:
     """One decoder layer over a prompt of `n` tokens. head_norms: queries and keys are normed (Qwen3)."""
     d, queries, keys = text.width, text.heads * text.head_dim, text.kv_heads * text.head_dim
-    products = [(d, queries), (d, keys), (d, keys), (queries, d), (d, text.mlp), (d, text.mlp), (text.mlp, d)]
-    ms = sum(device.matmul_ms(n, a, b) for a, b in products)
+    ms = sum(device.matmul_ms(n, a, b) for a, b in decoder_products(text))
     ms += device.attention_ms(n, text.heads, text.head_dim, causal=True)
     ms += 2 * device.elementwise_ms("rmsnorm", n * d) + 2 * device.elementwise_ms("add", n * d)
     ms += device.elementwise_ms("silu_mul", n * text.mlp)
     ms += device.elementwise_ms("rotary", n * queries) + device.elementwise_ms("rotary", n * keys)
     ms += 2 * device.elementwise_ms("transpose", n * keys)  # into the cache
-    ms += device.elementwise_ms("transpose", n * queries)
+    if not device.apart:
+        ms += device.elementwise_ms("transpose", n * queries)
     if head_norms:
         ms += device.elementwise_ms("rmsnorm", n * queries) + device.elementwise_ms("rmsnorm", n * keys)
     return ms + device.overhead.get("decoder_layer", 0.0)
 
 
-def _prefill(prompt: Prompt, device: Device, scheme: Scheme, entering: int) -> float:
+def _prefill(
+    prompt: Prompt, device: Device, scheme: Scheme, entering: int, host: Callable[[str], float]
+) -> Iterator[Step]:
     text = prompt.shape.text
     below, above = prompt.lengths(entering, scheme)
     normed = prompt.shape.model_type == "qwen3_vl"
-    ms = device.overhead.get("prefill", 0.0)
     layer = text.layers if scheme.layer is None else scheme.layer
-    ms += layer * decoder_layer_ms(device, text, below, head_norms=normed)
-    ms += (text.layers - layer) * decoder_layer_ms(device, text, above, head_norms=normed)
-    ms += device.elementwise_ms("rmsnorm", above * text.width)
+
+    def layers(count: int, length: int) -> Step:
+        one = decoder_layer_ms(device, text, length, head_norms=normed)
+        return Step("prefill", count * one, count * host("decoder_layer"))
+
+    yield Step("prefill", device.overhead.get("prefill", 0.0), host("prefill"))
+    yield layers(layer, below)
+    if prompt.shape.model_type == "qwen3_vl":  # deepstack: added to the first layers
+        yield Step("prefill", (prompt.shape.vision.projectors - 1) * _passes(device, 2, below * text.width))
     if scheme.layer is not None and entering:
         dropped, kept = below - above, above - prompt.rest
-        ms += device.overhead.get("inner", 0.0) + device.matmul_ms(dropped, text.width, kept)
-        ms += _passes(device, 6, below * text.width)
-    if prompt.shape.model_type == "qwen3_vl":  # deepstack: added to the first layers
-        ms += (prompt.shape.vision.projectors - 1) * _passes(device, 2, below * text.width)
-    return ms
+        work = device.overhead.get("inner", 0.0) + device.matmul_ms(dropped, text.width, kept)
+        yield Step("prefill", work + _passes(device, 6, below * text.width), host("inner"))
+    yield layers(text.layers - layer, above)
+    yield Step("prefill", device.elementwise_ms("rmsnorm", above * text.width))
 
 
 # ---------------------------------------------------------------------- memory
@@ -302,4 +387,5 @@ __all__ = [
     "memory_gib",
     "memory_parts",
     "predict",
+    "steps_of",
 ]

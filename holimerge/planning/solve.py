@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from functools import cached_property
 from typing import Any
 
 from ..allocation import largest_remainder
@@ -18,7 +19,19 @@ from ..cost import inner_kept, llm_prefill_exact, tower, tower_work
 from ..encoder.options import Encoder, Tokens
 from ..shapes import Grid, ModelShape, TextShape, VisionShape
 from .device import Device
-from .predict import Clip, Prompt, Scheme, flops_share, memory_gib, memory_parts, predict
+from .predict import (
+    STAGES,
+    Clip,
+    Prompt,
+    Scheme,
+    flops_share,
+    later_steps,
+    memory_gib,
+    memory_parts,
+    predict,
+    vision_steps,
+)
+from .timeline import Step, by_stage
 
 INNER = {"layer": 0.643, "retain": 0.5}  # the presets'
 ENOUGH = 0.1  # share of tokens below which a milder setting gives way to a stronger one; the lowest one published
@@ -54,7 +67,15 @@ class Row:
     def ttft_ms(self, entering: int) -> float:
         assert self.prompt is not None
         assert self.device is not None
-        return sum(predict(self.prompt, self.device, self.scheme, entering).values())
+        later = later_steps(self.prompt, self.device, self.scheme, entering)
+        return sum(by_stage([*self._vision, *later], STAGES).values())
+
+    @cached_property
+    def _vision(self) -> list[Step]:
+        """The same for every number of tokens, of which a solver tries many."""
+        assert self.prompt is not None
+        assert self.device is not None
+        return vision_steps(self.prompt, self.device, self.scheme)
 
     def memory_gib(self, entering: int) -> float:
         assert self.prompt is not None
@@ -167,11 +188,13 @@ def round_up(value: float | Fraction, digits: int = 4) -> float:
 class EncoderSetting:
     """A setting inside the vision tower that a plan may choose.
 
-    config: keys it adds to the configuration. tower_share: FLOPs of the tower's blocks that it leaves.
+    config: keys it adds to the configuration. tower_share: FLOPs of the tower's blocks that it leaves. merging: blocks
+    in which tokens merge.
     """
 
     config: Mapping[str, Any]
     tower_share: float
+    merging: int = 0
 
 
 def encoder_settings(shape: ModelShape, grid: Grid | None = None) -> list[EncoderSetting]:
@@ -185,16 +208,19 @@ def encoder_settings(shape: ModelShape, grid: Grid | None = None) -> list[Encode
     amounts = {round(share * tokens / vision.layers) for share in MERGED}
     encoders = [Encoder(tokens=Tokens(layers=None, r=r)) for r in sorted(amounts) if r]
     return [
-        EncoderSetting({"encoder": {"tokens": {"r": found.tokens.r}}}, tower_share(vision, found, grid))
+        EncoderSetting({"encoder": {"tokens": {"r": found.tokens.r}}}, *tower_left(vision, found, grid))
         for found in encoders
         if found.tokens is not None
     ]
 
 
-def tower_share(vision: VisionShape, encoder: Encoder | None, grid: Grid | None) -> float:
-    """FLOPs of the tower that an `encoder` block leaves; 1 where that depends on the video."""
+def tower_left(vision: VisionShape, encoder: Encoder | None, grid: Grid | None) -> tuple[float, int]:
+    """What an `encoder` block leaves of the tower: the share of its FLOPs, 1 where that depends on the video; and the
+    number of blocks in which tokens merge."""
     work = tower_work(vision, encoder, 1, grid)
-    return 1.0 if work is None else tower(vision, 1, grid, work) / tower(vision, 1, grid)
+    if work is None:
+        return 1.0, 0
+    return tower(vision, 1, grid, work) / tower(vision, 1, grid), sum(tokens > 0 for tokens, _ in work.matched)
 
 
 @dataclass(frozen=True)
@@ -280,9 +306,9 @@ def plan(setting: Setting, budget: Budget, frames: int) -> Choice:
     best: tuple[int, Choice] | None = None
     errors: list[ImpossibleError] = []
     for encoder in (None, *(setting.encoders or encoder_settings(setting.shape, setting.grid))):
-        share = 1.0 if encoder is None else encoder.tower_share
+        left = (1.0, 0) if encoder is None else (encoder.tower_share, encoder.merging)
         for inner in (None, INNER) if setting.inner else (None,):
-            scheme = _scheme(setting.shape, inner, share)
+            scheme = _scheme(setting.shape, inner, *left)
             row = setting.row(frames, scheme)
             try:
                 (entering,) = share_out(budget, row)
@@ -298,8 +324,8 @@ def plan(setting: Setting, budget: Budget, frames: int) -> Choice:
     return best[1]
 
 
-def _scheme(shape: ModelShape, inner: Mapping[str, Any] | None, tower_share: float) -> Scheme:
-    scheme = Scheme(tower_share=tower_share)
+def _scheme(shape: ModelShape, inner: Mapping[str, Any] | None, tower_share: float, merging: int) -> Scheme:
+    scheme = Scheme(tower_share=tower_share, merging=merging)
     if inner is None:
         return scheme
     found = Inner(**inner)
