@@ -33,12 +33,14 @@ class Request:
     scored: whether received attention is needed.
     chunk: frames per call of the tower; None for one stock call.
     encoder: the reduction inside the tower; None for none.
+    attention: how spans attend, as `holimerge.config.Config.tower_attention`.
     """
 
     at: str
     scored: bool
     chunk: int | None
     encoder: EncoderStage | None = None
+    attention: str = "auto"
 
 
 @dataclass

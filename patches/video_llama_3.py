@@ -5,6 +5,7 @@ Its own token compression drops placeholders by pixel differences before any fea
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,8 +27,12 @@ class VideoLlama3(GridFamily):
     def mergers(self, core: Any) -> list[Any]:
         return [core.projector]
 
-    def attention(self, core: Any) -> Any:
-        return core.vision_model.encoder.layers[-1].self_attn
+    def blocks(self, core: Any) -> Sequence[Any]:
+        layers: Sequence[Any] = core.vision_model.encoder.layers
+        return layers
+
+    def attentions(self, core: Any) -> list[Any]:
+        return [layer.self_attn for layer in self.blocks(core)]
 
     def no_encoder(self, core: Any, kind: str) -> str:
         if kind == "tokens":
@@ -36,7 +41,7 @@ class VideoLlama3(GridFamily):
 
     def encoder_tower(self, core: Any, arguments: dict[str, Any], frames: list[int]) -> Tower:
         grid = arguments[first_argument(arguments, "video_grid_thw", "image_grid_thw")].tolist() if arguments else []
-        return Tower(blocks=core.vision_model.encoder.layers, videos=[(t, h * w) for t, h, w in grid])
+        return Tower(blocks=self.blocks(core), videos=[(t, h * w) for t, h, w in grid])
 
     def unit(self, core: Any) -> int:
         return 1  # pooled before the projector

@@ -70,7 +70,12 @@ def test_the_presets_are_those_of_the_specification():
 def test_preset_values(name):
     config = load_config(name)
     if name == "keep-all":
-        assert config.to_dict() == {"method": "keep_all", "treat_images_as_video": False, "more_frames": 1}
+        assert config.to_dict() == {
+            "method": "keep_all",
+            "tower_attention": "auto",
+            "treat_images_as_video": False,
+            "more_frames": 1,
+        }
         return
     percent, authors = int(name.split("-")[1]), name.startswith("holitom")
     assert config.method == "holitom"
@@ -281,6 +286,7 @@ VALUES = [  # path, impossible values, what the text says is valid
     ("inner.retain", [0, 1.2, NAN, True, "0.5", None], "Input should be"),
     ("inner.merge", ["median", 1, None], "Valid: mean, pairwise, drop"),
     ("chunk_frames", [0, -1, 2.0, True, "8"], "Input should be"),
+    ("tower_attention", ["batch", None, True], "Valid: auto, stock, batched"),
     ("method", [5, None, ["holitom"], "tome"], "keep_all"),
     ("budget", [5, "retain", [0.1], True], "Budget"),
     ("outer", [5, "raster", [1]], "Options"),
