@@ -11,9 +11,7 @@ from holimerge.attention import received_attention, rotate
 from holimerge.spans import Spans
 
 
-def received_by_patch(
-    attention: Any, got: dict[str, Any], spans: Spans | None = None, weight: Tensor | None = None
-) -> Tensor:
+def received_by_patch(attention: Any, got: dict[str, Any], spans: Spans, weight: Tensor | None = None) -> Tensor:
     """[S] float32, attention each patch received inside its attention span, in the tower's own order.
 
     got: what `projections` gave, and the attention's keyword arguments as "call".
@@ -28,7 +26,7 @@ def received_by_patch(
         q, k = (got[name].unflatten(-1, (heads, -1)) for name in projections(attention))
     cos, sin = (x[:, None].float() for x in call["position_embeddings"])
     q, k = (rotate(x.float(), cos, sin).to(x.dtype) for x in (q, k))
-    lengths = (spans or Spans()).lengths(call["cu_seqlens"])
+    lengths = spans.lengths(call["cu_seqlens"])
     parts, start, i = [], 0, 0
     while i < len(lengths):  # runs of equal spans go together; the last block's spans are whole frames
         j = i

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -21,8 +21,8 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from holimerge.attention import logits_at_once
-from holimerge.encoder.tower import Hooks
-from holimerge.spans import Batches, Spans
+from holimerge.encoder.tower import Hooks, Tower
+from holimerge.spans import Batches
 
 NAME = "holimerge_spans_as_flash"
 _MOST = 65535  # kernels count the batch in a dimension of their launch that goes no further
@@ -63,12 +63,12 @@ class BatchedAttention:
     now: the spans of the attention that runs, until it has attended; None where it runs as it is.
     """
 
-    def __init__(self, blocks: Sequence[Any], attentions: Sequence[Any], spans: Spans, mode: str) -> None:
-        """attentions: one per block. mode: "stock", "batched", or "auto" for batched on a GPU."""
+    def __init__(self, tower: Tower, mode: str) -> None:
+        """mode: "stock", "batched", or "auto" for batched on a GPU."""
         # run again in the backward pass, outside of our call, blocks would not find what they had saved
-        again = any(block.training and getattr(block, "gradient_checkpointing", False) for block in blocks)
-        self.attentions = [] if mode == "stock" or again else [a for a in attentions if _known(a)]
-        self.spans, self.mode = spans, mode
+        again = any(block.training and getattr(block, "gradient_checkpointing", False) for block in tower.blocks)
+        self.attentions = [] if mode == "stock" or again else [a for a in tower.attentions if _known(a)]
+        self.spans, self.mode = tower.spans, mode
         self.now: Batches | None = None
 
     def hooks(self) -> Hooks:

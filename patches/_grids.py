@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +11,6 @@ from torch import Tensor
 from holimerge.capture import captured, first_argument
 from holimerge.encoder.tower import Tower
 from holimerge.encoding import Encoded, Grid, Level, Request
-from holimerge.spans import Spans
 from holimerge.tokens import VideoTokens, upload
 
 from ._grid_attention import projections, received_by_patch
@@ -32,15 +30,6 @@ class GridFamily(Family):
     def mergers(self, core: Any) -> list[Any]:
         """The modules that make the LLM's tokens: of what it reads, then of each deepstack level."""
         return [self.tower(core).merger]
-
-    def blocks(self, core: Any) -> Sequence[Any]:
-        """The tower's blocks, in order."""
-        blocks: Sequence[Any] = self.tower(core).blocks
-        return blocks
-
-    def attentions(self, core: Any) -> list[Any]:
-        """The attention of every block; the spans of the last are whole frames."""
-        return [block.attn for block in self.blocks(core)]
 
     def unit(self, core: Any) -> int:
         """Rows of a merger's input that become one token."""
@@ -98,7 +87,7 @@ class GridFamily(Family):
     def encoder_tower(self, core: Any, arguments: dict[str, Any], frames: list[int]) -> Tower:
         grid = _grid(arguments)[1].tolist() if arguments else []
         return Tower(
-            blocks=self.blocks(core),
+            blocks=self.tower(core).blocks,
             videos=[(t, h * w) for t, h, w in grid],
             readers=self.mergers(core)[1:],
             unit=int(self.tower(core).spatial_merge_size) ** 2,
@@ -159,8 +148,8 @@ class GridFamily(Family):
         self, core: Any, features: Callable[..., Any], arguments: dict[str, Any], request: Request
     ) -> list[tuple[list[Tensor], Tensor | None]]:
         """Per video, every level's tokens [T N, C] and the scores [T N], in raster order."""
-        unit, attentions, mergers = self.unit(core), self.attentions(core), self.mergers(core)
-        attention = attentions[-1]
+        unit, mergers, tower = self.unit(core), self.mergers(core), self.encoder_tower(core, arguments, [])
+        attention = tower.attentions[-1]  # its spans are whole frames
         seen: list[Tensor] = []  # per level: the merger's input in tokens, or its output
 
         def remember(hidden: Tensor) -> Tensor:
@@ -175,11 +164,8 @@ class GridFamily(Family):
                 seen[-1] = output
             return rows
 
-        run = None
-        spans = Spans()
-        if request.encoder is not None:
-            run = request.encoder.run(replace(self.encoder_tower(core, arguments, []), spans=spans))
-        batched = BatchedAttention(self.blocks(core), attentions, spans, request.attention)
+        run = None if request.encoder is None else request.encoder.run(tower)
+        batched = BatchedAttention(tower, request.attention)
         hooks: list[tuple[Any, str, Any]] = batched.hooks() if run is None else [*run.hooks(), *batched.hooks()]
         for merger in mergers:
             hooks += [(merger, "swap", remember), (merger, "replace", number)]
@@ -192,7 +178,7 @@ class GridFamily(Family):
         levels = [seen[-1], *seen[:-1]]
         received = None
         if request.scored:
-            received = received_by_patch(attention, got, spans, None if run is None else run.query_weight())
+            received = received_by_patch(attention, got, tower.spans, None if run is None else run.query_weight())
             received = received if run is None else run.spread(received)
             received = self.pooled_scores(core, received, self.merge_sizes(core, arguments), _grid(arguments)[1])
         return [([x[order] for x in levels], None if received is None else received[order]) for order in orders]

@@ -5,7 +5,6 @@ Its own token compression drops placeholders by pixel differences before any fea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,13 +26,6 @@ class VideoLlama3(GridFamily):
     def mergers(self, core: Any) -> list[Any]:
         return [core.projector]
 
-    def blocks(self, core: Any) -> Sequence[Any]:
-        layers: Sequence[Any] = core.vision_model.encoder.layers
-        return layers
-
-    def attentions(self, core: Any) -> list[Any]:
-        return [layer.self_attn for layer in self.blocks(core)]
-
     def no_encoder(self, core: Any, kind: str) -> str:
         if kind == "tokens":
             return "queries and keys of this tower come from layers of their own; use frames or gate"
@@ -41,7 +33,8 @@ class VideoLlama3(GridFamily):
 
     def encoder_tower(self, core: Any, arguments: dict[str, Any], frames: list[int]) -> Tower:
         grid = arguments[first_argument(arguments, "video_grid_thw", "image_grid_thw")].tolist() if arguments else []
-        return Tower(blocks=self.blocks(core), videos=[(t, h * w) for t, h, w in grid])
+        layers, names = core.vision_model.encoder.layers, ("layer_norm2", "mlp", "self_attn", "k_proj")
+        return Tower(blocks=layers, videos=[(t, h * w) for t, h, w in grid], names=names)
 
     def unit(self, core: Any) -> int:
         return 1  # pooled before the projector

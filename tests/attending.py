@@ -29,7 +29,8 @@ def config(**changes: Any) -> dict[str, Any]:
 
 
 def attentions(model: Any) -> list[Any]:
-    return list(family_module(model.config.model_type).FAMILY.attentions(model.model))
+    family = family_module(model.config.model_type).FAMILY
+    return list(family.encoder_tower(model.model, {}, []).attentions)
 
 
 def two_videos(family: str) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ import holimerge
 from holimerge import load_config
 from holimerge.patches import _grid_spans
 from holimerge.registry import family_module
-from holimerge.spans import Spans, by_length
+from holimerge.spans import by_length
 
 # ------------------------------------------------------------------------------------------------ whole models
 
@@ -54,7 +54,8 @@ def test_only_a_batched_configuration_changes_a_cpus_calls(monkeypatch: pytest.M
 
 def test_auto_batches_on_a_gpu() -> None:
     model = make_model("qwen2_vl")
-    layer = attentions(model)[0]
+    tower = family_module("qwen2_vl").FAMILY.encoder_tower(model.model, {}, [])
+    layer = tower.attentions[0]
     ends = torch.tensor([0, 4, 8], dtype=torch.int32)
 
     class Rows:  # of a device that is not here
@@ -62,14 +63,14 @@ def test_auto_batches_on_a_gpu() -> None:
             self.device = torch.device(kind)
 
     for mode, kind, batches in (("auto", "cuda", True), ("auto", "cpu", False), ("batched", "cpu", True)):
-        call = _grid_spans.BatchedAttention([], [layer], Spans(), mode)
+        call = _grid_spans.BatchedAttention(tower, mode)
         call.spans._batches[id(ends), torch.device(kind)] = by_length([4, 4], CPU)
         call._entering(layer)((Rows(kind),), {"cu_seqlens": ends})
         assert (call.now is not None) is batches
-    assert not _grid_spans.BatchedAttention([], [layer], Spans(), "stock").hooks()
+    assert not _grid_spans.BatchedAttention(tower, "stock").hooks()
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "video_llama_3"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_5", "video_llama_3"])
 def test_a_patch_is_undone_and_generation_goes_on_as_in_a_forward(family: str) -> None:
     model, x = make_model(family), odd(family)
     plain = logits(model, x)
@@ -117,7 +118,7 @@ def test_only_our_own_call_is_batched(monkeypatch: pytest.MonkeyPatch) -> None:
 
     inside: list[str] = []
     layers[0].qkv.register_forward_hook(lambda *_: inside.append(layers[0].config._attn_implementation))
-    hook = family_module("qwen2_5_vl").FAMILY.blocks(model.model)[1].register_forward_pre_hook(meanwhile)
+    hook = model.model.visual.blocks[1].register_forward_pre_hook(meanwhile)
     torch.testing.assert_close(logits(model, x), expected)
     hook.remove()
     assert seen["held"] == [_grid_spans._Config] * len(layers)
@@ -134,7 +135,7 @@ def test_only_our_own_call_is_batched(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_error_inside_the_tower_leaves_the_configuration_as_it_was() -> None:
-    model, x = make_model("qwen3_vl"), odd("qwen3_vl")
+    model, x = make_model("qwen3_5"), odd("qwen3_5")
     configs = [layer.config for layer in attentions(model)]
     patch(model, config())
     expected = logits(model, x)
@@ -152,9 +153,10 @@ def test_an_error_inside_the_tower_leaves_the_configuration_as_it_was() -> None:
 
 
 def test_a_configuration_is_held_until_the_last_call_leaves() -> None:
-    layers = attentions(make_model("qwen2_vl"))
+    tower = family_module("qwen2_vl").FAMILY.encoder_tower(make_model("qwen2_vl").model, {}, [])
+    layers = tower.attentions
     real = layers[0].config
-    first, second = (_grid_spans.BatchedAttention([], layers, Spans(), "batched") for _ in range(2))
+    first, second = (_grid_spans.BatchedAttention(tower, "batched") for _ in range(2))
     with first.named():
         with second.named():
             held = layers[0].config

@@ -49,6 +49,11 @@ class Tower:
         return self.output is not None
 
     @property
+    def attentions(self) -> list[Any]:
+        """The attention of every block."""
+        return [block.get_submodule(self.names[2]) for block in self.blocks]
+
+    @property
     def rows(self) -> int:
         """Rows of all videos."""
         return sum(t * p for t, p in self.videos)
