@@ -12,6 +12,11 @@ from torch import Tensor
 _CHUNK_BYTES = {"cpu": 8 * 2**20, "cuda": 256 * 2**20}
 
 
+def logits_at_once(per_frame: int, device: torch.device) -> int:
+    """Frames (or other spans), at least one, whose float32 logits may be held together. per_frame: logits of each."""
+    return max(1, _CHUNK_BYTES.get(device.type, _CHUNK_BYTES["cuda"]) // (per_frame * 4))
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of the half-split kind. x: [..., d]; cos, sin: broadcastable to it."""
     first, second = x.chunk(2, dim=-1)
@@ -33,8 +38,7 @@ def received_attention(
         [F, P] float32; each frame's values sum to one.
     """
     frames, heads, tokens, _ = q.shape
-    room = _CHUNK_BYTES.get(q.device.type, _CHUNK_BYTES["cuda"])
-    step = max(1, room // (heads * tokens * tokens * 4))
+    step = logits_at_once(heads * tokens * tokens, q.device)
     parts = []
     for start in range(0, frames, step):
         logits = (q[start : start + step] * scale) @ k[start : start + step].mT

@@ -153,6 +153,9 @@ class Config(Section):
     inner: None for no merging inside the LLM.
     encoder: None for no reduction inside the vision tower.
     chunk_frames: temporal steps per call of the vision tower, for long videos; None for one call.
+    tower_attention: where a tower attends in windows or frames of one long sequence, stock calls attention once for
+        each, batched once for all of one length; auto is batched on a GPU, where a call costs more than its work, and
+        stock on a CPU, where batched saves little and is equal to the unpatched model only up to rounding.
     treat_images_as_video: the images of a prompt (two or more, of one size) are the frames of a video.
     cuda_graph: on a GPU, calls of LLaVA's vision towers are captured once for each shape of their input and replayed,
         so that the host no longer launches every kernel; the memory of a call stays taken. Without a GPU, and in towers
@@ -168,6 +171,7 @@ class Config(Section):
     encoder: Encoder | None = None
     chunk_frames: int | None = Field(None, ge=1)
     cuda_graph: bool = False
+    tower_attention: Literal["auto", "stock", "batched"] = "auto"
     treat_images_as_video: bool = False
     more_frames: int = Field(1, ge=1)
 
@@ -199,6 +203,8 @@ class Config(Section):
             raise ValueError(f"budget: method {self.method} keeps every token and takes no budget")
         if method.options is None and self.chunk_frames is not None:
             raise ValueError(f"chunk_frames: method {self.method} makes the stock call of the tower, in one piece")
+        if method.options is None and self.tower_attention == "batched":
+            raise ValueError(f"tower_attention: method {self.method} makes the stock call of the tower")
         self._fits_encoder(method.options is None)
         self._fits_graph(method.options is None)
         if method.options is not None and self.budget is None:

@@ -35,6 +35,7 @@ class Request:
     chunk: frames per call of the tower; None for one stock call.
     encoder: the reduction inside the tower; None for none.
     graphs: that replay the tower's calls; None for eager ones.
+    attention: how spans attend, as `holimerge.config.Config.tower_attention`.
     """
 
     at: str
@@ -42,6 +43,7 @@ class Request:
     chunk: int | None
     encoder: EncoderStage | None = None
     graphs: Graphs | None = None
+    attention: str = "auto"
 
 
 @dataclass

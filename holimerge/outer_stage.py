@@ -191,7 +191,14 @@ class OuterStage:
         if config.encoder is not None:
             encoder = EncoderStage(config.encoder)
             report.encoders.append(encoder.report)
-        request = Request(outer.at, self.handle.method.needs_scores, config.chunk_frames, encoder, self.handle.graphs)
+        request = Request(
+            outer.at,
+            self.handle.method.needs_scores,
+            config.chunk_frames,
+            encoder,
+            graphs=self.handle.graphs,
+            attention=config.tower_attention,
+        )
         with report.clock.stage("vision", _device(arguments)):
             encoded: list[Encoded] = self.handle.family.encode(self.handle.core, original, arguments, request)
         return encoded

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from holimerge.attention import received_attention, rotate
+from holimerge.spans import Spans
 
 
-def received_by_patch(attention: Any, got: dict[str, Any], weight: Tensor | None = None) -> Tensor:
+def received_by_patch(attention: Any, got: dict[str, Any], spans: Spans, weight: Tensor | None = None) -> Tensor:
     """[S] float32, attention each patch received inside its attention span, in the tower's own order.
 
     got: what `projections` gave, and the attention's keyword arguments as "call".
+    spans: what is known of this call's spans.
     weight: [S], how many patches each query stands for.
     """
     call = got["call"]
@@ -25,17 +26,16 @@ def received_by_patch(attention: Any, got: dict[str, Any], weight: Tensor | None
         q, k = (got[name].unflatten(-1, (heads, -1)) for name in projections(attention))
     cos, sin = (x[:, None].float() for x in call["position_embeddings"])
     q, k = (rotate(x.float(), cos, sin).to(x.dtype) for x in (q, k))
-    ends = call["cu_seqlens"].tolist()
-    lengths = [b - a for a, b in pairwise(ends)]
+    lengths = spans.lengths(call["cu_seqlens"])
     parts, start, i = [], 0, 0
     while i < len(lengths):  # runs of equal spans go together; the last block's spans are whole frames
         j = i
         while j < len(lengths) and lengths[j] == lengths[i]:
             j += 1
         stop = start + (j - i) * lengths[i]
-        spans = [x[start:stop].unflatten(0, (j - i, lengths[i])).transpose(1, 2) for x in (q, k)]
+        pieces = [x[start:stop].unflatten(0, (j - i, lengths[i])).transpose(1, 2) for x in (q, k)]
         counts = None if weight is None else weight[start:stop].unflatten(0, (j - i, lengths[i]))
-        parts.append(received_attention(spans[0], spans[1], attention.scaling, weight=counts).flatten())
+        parts.append(received_attention(pieces[0], pieces[1], attention.scaling, weight=counts).flatten())
         start, i = stop, j
     return torch.cat(parts)
 

@@ -11,9 +11,10 @@ from torch import Tensor
 from holimerge.capture import captured, first_argument
 from holimerge.encoder.tower import Tower
 from holimerge.encoding import Encoded, Grid, Level, Request
-from holimerge.tokens import VideoTokens
+from holimerge.tokens import VideoTokens, upload
 
 from ._grid_attention import projections, received_by_patch
+from ._grid_spans import BatchedAttention
 from .base import Family
 
 
@@ -29,10 +30,6 @@ class GridFamily(Family):
     def mergers(self, core: Any) -> list[Any]:
         """The modules that make the LLM's tokens: of what it reads, then of each deepstack level."""
         return [self.tower(core).merger]
-
-    def attention(self, core: Any) -> Any:
-        """The last attention of the tower, whose spans are whole frames."""
-        return self.tower(core).blocks[-1].attn
 
     def unit(self, core: Any) -> int:
         """Rows of a merger's input that become one token."""
@@ -151,7 +148,8 @@ class GridFamily(Family):
         self, core: Any, features: Callable[..., Any], arguments: dict[str, Any], request: Request
     ) -> list[tuple[list[Tensor], Tensor | None]]:
         """Per video, every level's tokens [T N, C] and the scores [T N], in raster order."""
-        unit, attention, mergers = self.unit(core), self.attention(core), self.mergers(core)
+        unit, mergers, tower = self.unit(core), self.mergers(core), self.encoder_tower(core, arguments, [])
+        attention = tower.attentions[-1]  # its spans are whole frames
         seen: list[Tensor] = []  # per level: the merger's input in tokens, or its output
 
         def remember(hidden: Tensor) -> Tensor:
@@ -166,22 +164,21 @@ class GridFamily(Family):
                 seen[-1] = output
             return rows
 
-        run = None
-        if request.encoder is not None:
-            run = request.encoder.run(self.encoder_tower(core, arguments, []))
-        hooks: list[tuple[Any, str, Any]] = [] if run is None else run.hooks()
+        run = None if request.encoder is None else request.encoder.run(tower)
+        batched = BatchedAttention(tower, request.attention)
+        hooks: list[tuple[Any, str, Any]] = batched.hooks() if run is None else [*run.hooks(), *batched.hooks()]
         for merger in mergers:
             hooks += [(merger, "swap", remember), (merger, "replace", number)]
         if request.scored:
             hooks += [(attention, "in", "call")]
             hooks += [(module, "out", name) for name, module in projections(attention).items()]
-        with captured(hooks) as got:
+        with batched.named(), captured(hooks) as got:
             orders = [rows.squeeze(1) for rows in features(**{**arguments, "return_dict": True}).pooler_output]
         # deepstack mergers run before the last one
         levels = [seen[-1], *seen[:-1]]
         received = None
         if request.scored:
-            received = received_by_patch(attention, got, None if run is None else run.query_weight())
+            received = received_by_patch(attention, got, tower.spans, None if run is None else run.query_weight())
             received = received if run is None else run.spread(received)
             received = self.pooled_scores(core, received, self.merge_sizes(core, arguments), _grid(arguments)[1])
         return [([x[order] for x in levels], None if received is None else received[order]) for order in orders]
@@ -189,7 +186,7 @@ class GridFamily(Family):
 
 def _frames_of(x: Tensor, frames: list[int]) -> Tensor:
     """[T N, ...] of the frames [T' N, ...] that are there, in this order."""
-    return x.unflatten(0, (max(frames) + 1, -1))[torch.tensor(frames, device=x.device)].flatten(0, 1)
+    return x.unflatten(0, (max(frames) + 1, -1))[upload(frames, x.device)].flatten(0, 1)
 
 
 def _grid(arguments: dict[str, Any]) -> tuple[str, Tensor]:

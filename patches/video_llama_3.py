@@ -26,9 +26,6 @@ class VideoLlama3(GridFamily):
     def mergers(self, core: Any) -> list[Any]:
         return [core.projector]
 
-    def attention(self, core: Any) -> Any:
-        return core.vision_model.encoder.layers[-1].self_attn
-
     def no_encoder(self, core: Any, kind: str) -> str:
         if kind == "tokens":
             return "queries and keys of this tower come from layers of their own; use frames or gate"
@@ -36,7 +33,8 @@ class VideoLlama3(GridFamily):
 
     def encoder_tower(self, core: Any, arguments: dict[str, Any], frames: list[int]) -> Tower:
         grid = arguments[first_argument(arguments, "video_grid_thw", "image_grid_thw")].tolist() if arguments else []
-        return Tower(blocks=core.vision_model.encoder.layers, videos=[(t, h * w) for t, h, w in grid])
+        layers, names = core.vision_model.encoder.layers, ("layer_norm2", "mlp", "self_attn", "k_proj")
+        return Tower(blocks=layers, videos=[(t, h * w) for t, h, w in grid], names=names)
 
     def unit(self, core: Any) -> int:
         return 1  # pooled before the projector

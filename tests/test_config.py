@@ -73,6 +73,7 @@ def test_preset_values(name):
         assert config.to_dict() == {
             "method": "keep_all",
             "cuda_graph": False,
+            "tower_attention": "auto",
             "treat_images_as_video": False,
             "more_frames": 1,
         }
@@ -302,6 +303,7 @@ VALUES = [  # path, impossible values, what the text says is valid
     ("inner.retain", [0, 1.2, NAN, True, "0.5", None], "Input should be"),
     ("inner.merge", ["median", 1, None], "Valid: mean, pairwise, drop"),
     ("chunk_frames", [0, -1, 2.0, True, "8"], "Input should be"),
+    ("tower_attention", ["batch", None, True], "Valid: auto, stock, batched"),
     ("method", [5, None, ["holitom"], "tome"], "keep_all"),
     ("budget", [5, "retain", [0.1], True], "Budget"),
     ("outer", [5, "raster", [1]], "Options"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..tokens import upload
 from .frames import FrameMerge, frame_similarity, plan_frames
 from .options import Frames
 from .tower import EncoderReport, Run, Tower
@@ -23,6 +24,13 @@ class FrameRun(Run):
     def frames(self) -> list[int]:
         return [len(places) for places in self.places]
 
+    def rows_left(self) -> list[int]:
+        found = []
+        for places, (frames, rows) in zip(self.places, self.tower.videos, strict=True):
+            left = set(places)
+            found += [rows if frame in left else 0 for frame in range(frames)]
+        return found
+
     def enter(self, block: int, hidden: Tensor) -> Tensor:
         if block in self.layers:
             hidden = self._merge(hidden)
@@ -36,7 +44,7 @@ class FrameRun(Run):
             return hidden
         self.owners = [[plan.owner[i] for i in owners] for plan, owners in zip(plans, self.owners, strict=True)]
         self.places = [[places[i] for i, _, _ in plan.pairs] for plan, places in zip(plans, self.places, strict=True)]
-        self.shorten(None if self.tower.batched else self._rows().to(hidden.device))
+        self.shorten(None if self.tower.batched else self._rows(hidden.device))
         return self._joined([plan.merged(part) for plan, part in zip(plans, parts, strict=True)])
 
     @torch.no_grad()
@@ -46,10 +54,11 @@ class FrameRun(Run):
             similarity = frame_similarity(x, max(1, min(options.longest, x.shape[0]) - 1))
         return plan_frames(similarity.tolist(), options.similarity, options.longest, options.merge)
 
-    def _rows(self) -> Tensor:
+    def _rows(self, device: torch.device) -> Tensor:
         parts, start = [], 0
         for places, (frames, rows) in zip(self.places, self.tower.videos, strict=True):
-            parts.append((start + torch.tensor(places)[:, None] * rows + torch.arange(rows)).flatten())
+            row = torch.arange(start, start + rows, device=device)
+            parts.append((upload(places, device)[:, None] * rows + row).flatten())
             start += frames * rows
         return torch.cat(parts)
 
@@ -64,7 +73,7 @@ class FrameRun(Run):
 
     def _spread(self, hidden: Tensor, owners: list[list[int]]) -> Tensor:
         parts = self._parts(hidden, [owner[-1] + 1 for owner in owners])
-        index = [torch.tensor(owner, device=hidden.device) for owner in owners]
+        index = [upload(owner, hidden.device) for owner in owners]
         return self._joined([part[i] for part, i in zip(parts, index, strict=True)])
 
     def restored(self, hidden: Tensor, block: int) -> Tensor:

@@ -13,6 +13,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ..tokens import upload
+
 MEMORY = 0.9  # weight of the newest similarity in the running one
 
 
@@ -37,7 +39,7 @@ class FrameMerge:
 
     def merged(self, x: Tensor) -> Tensor:
         """[T', N, C] of x [T, N, C], in its dtype; a frame that is kept keeps its bits."""
-        result = x[torch.tensor([i for i, _, _ in self.pairs], device=x.device)]
+        result = x[upload([i for i, _, _ in self.pairs], x.device)]
         for place, (i, j, w) in enumerate(self.pairs):
             if i != j:
                 result[place] = w * x[i].float() + (1 - w) * x[j].float()

@@ -152,6 +152,10 @@ class TokenRun(Run):
             kept = [x.gather(1, plan.kept) for x, plan in zip(kept, self._plans[block], strict=True)]
         return kept
 
+    def rows_left(self) -> list[int]:
+        assert self.state is not None
+        return [size.shape[1] * self.tower.unit for size in self.state.size for _ in range(size.shape[0])]
+
     def bias(self, hidden: Tensor) -> Tensor | None:
         if self.state is None:
             return None

@@ -74,7 +74,8 @@ def match_tokens(metric: Tensor, r: int, fixed: int = 0) -> TokenMerge:
     chosen = best.argsort(dim=1, descending=True, stable=True)[:, :r]
     gone = fixed + 2 * chosen
     into = fixed + 2 * partner.gather(1, chosen) + 1
-    stays = torch.ones_like(place, dtype=torch.bool).scatter_(1, gone, False)
-    number = stays.long().cumsum(1) - 1
+    leaves = torch.zeros_like(place, dtype=torch.uint8).scatter_(1, gone, 1)
+    number = (1 - leaves.long()).cumsum(1) - 1
     owner = number.gather(1, place.scatter(1, gone, into))
-    return TokenMerge(owner, place[stays].view(frames, total - r))
+    # those that stay come first, in raster order; a mask would ask the device how many they are
+    return TokenMerge(owner, leaves.argsort(dim=1, stable=True)[:, : total - r])

@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from ..spans import Spans, spans_left
 
 Hooks = list[tuple[Any, str, Any]]
 
@@ -30,6 +31,7 @@ class Tower:
     fixed: leading rows of a frame that never merge.
     names: of a block's modules, dotted: what its MLP's input comes from, its MLP, its attention, and the module of that
         whose output holds keys.
+    spans: what is known of the attention spans of a sequence.
     """
 
     blocks: Sequence[Any]
@@ -39,11 +41,17 @@ class Tower:
     unit: int = 1
     fixed: int = 0
     names: tuple[str, str, str, str] = ("norm2", "mlp", "attn", "qkv")
+    spans: Spans = field(default_factory=Spans)
 
     @property
     def batched(self) -> bool:
         """Whether frames are the batch of the hidden states."""
         return self.output is not None
+
+    @property
+    def attentions(self) -> list[Any]:
+        """The attention of every block."""
+        return [block.get_submodule(self.names[2]) for block in self.blocks]
 
     @property
     def rows(self) -> int:
@@ -124,6 +132,10 @@ class Run:
         """Frames of each video that are left."""
         return [t for t, _ in self.tower.videos]
 
+    def rows_left(self) -> list[int]:
+        """Rows of each frame (of all videos) that the block which runs sees."""
+        raise NotImplementedError
+
     def bias(self, hidden: Tensor) -> Tensor | None:
         """What a batch of frames adds to the logits of its attention."""
         return None
@@ -189,9 +201,10 @@ class Run:
         spans, tables = kwargs["cu_seqlens"], kwargs["position_embeddings"]
 
         def ends() -> Tensor:
-            left = torch.zeros(self.tower.rows + 1, dtype=torch.long, device=kept.device)
-            left[kept + 1] = 1
-            return left.cumsum(0)[spans.long()].unique_consecutive().to(spans.dtype)
+            known = self.tower.spans
+            rows = [p for t, p in self.tower.videos for _ in range(t)]
+            left = spans_left(known.lengths(spans), list(zip(rows, self.rows_left(), strict=True)))
+            return known.marked(left, spans)
 
         return {
             **kwargs,
