@@ -9,8 +9,9 @@ that is recorded instead, which takes as long as one step and not minutes. A gra
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from threading import Lock
 from typing import Any, TypeVar
 
 import torch
@@ -24,16 +25,25 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 Recorder = Callable[[Callable[[], Any], torch.device], tuple[Callable[[], None], Any]]
 
 
+_RECORDING = Lock()
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """Where steps are recorded: one stream a device, since cuBLAS keeps a workspace for each."""
+    return torch.cuda.Stream(device)
+
+
 def record_cuda(run: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
     """Record what `run` launches on the device; it must have run before. Nothing is computed.
 
     Returns:
         a function that does it all, and what `run` returned, whose tensors that function fills.
     """
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
+    graph, stream, current = torch.cuda.CUDAGraph(), _stream(device), torch.cuda.current_stream(device)
     # not `torch.cuda.graph`: it gives the allocator's memory back, which the next prompt would have to ask for again
-    with torch.cuda.device(device), torch.cuda.stream(stream):
+    with _RECORDING, torch.cuda.device(device), torch.cuda.stream(stream):
+        stream.wait_stream(current)
         graph.capture_begin(capture_error_mode="thread_local")  # other threads may go on
         try:
             output = run()
@@ -42,7 +52,7 @@ def record_cuda(run: Callable[[], Any], device: torch.device) -> tuple[Callable[
                 graph.capture_end()
             raise
         graph.capture_end()
-    torch.cuda.current_stream(device).wait_stream(stream)
+    current.wait_stream(stream)
     return graph.replay, output
 
 
@@ -50,15 +60,10 @@ class Steps:
     """The decoding steps of one call of `generate`: the first runs as it is, the second is recorded, all are replayed.
 
     A step that differs from the recorded one in more than its tensors' values runs as it is.
-
-    Attributes:
-        recorded, replayed: how many were. seconds: what the recording took.
     """
 
     def __init__(self, model: Any, record: Recorder) -> None:
         self.model, self._record = model, record
-        self.recorded = self.replayed = 0
-        self.seconds = 0.0
         self._first: Any = None
         self._replay: Callable[[], None] | None = None
         self._given: dict[str, Any] = {}
@@ -71,7 +76,6 @@ class Steps:
             return self.model(**inputs)
         if self._replay is None:
             self._given = _map(torch.clone, inputs)
-            begin = time.perf_counter()
             try:
                 self._replay, self._output = self._record(lambda: self.model(**self._given), self.model.device)
             except RuntimeError as error:
@@ -79,12 +83,9 @@ class Steps:
                     f"a decoding step of this {type(self.model).__name__} cannot be recorded as a CUDA graph "
                     f"({str(error).splitlines()[0]}); leave the block of `graphed`"
                 ) from error
-            self.seconds += time.perf_counter() - begin
-            self.recorded += 1
         else:
             _fill(self._given, inputs)
         self._replay()
-        self.replayed += 1
         output = type(self._output)()
         for name, value in self._output.items():
             output[name] = _map(torch.clone, value)  # the next step overwrites what it is copied from
