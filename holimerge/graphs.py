@@ -70,6 +70,9 @@ class Steps:
         self._output: Any = None
 
     def __call__(self, **inputs: Any) -> Any:
+        types, ids = inputs.get("mm_token_type_ids"), inputs.get("input_ids")
+        if types is not None and ids is not None and types.shape[1] > ids.shape[1] == 1:
+            inputs["mm_token_type_ids"] = types[:, -1:]  # older transformers hands over all of them, one more each step
         kind = _kind(inputs)
         if kind is None or kind != self._first:
             self._first = self._first or kind
