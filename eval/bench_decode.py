@@ -175,6 +175,7 @@ def bench_decode(
             seed=seed,
             warmup=warmup,
             repeats=repeats,
+            cuda_graphs=record is record_cuda,
         ),
     }
 

@@ -104,6 +104,42 @@ def test_a_conversation_over_one_static_cache(case):
         same(ours, theirs)
 
 
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("case", ["outer", "inner"])
+def test_padding_of_an_earlier_answer_stays_padding(case, static):
+    """`generate` remembers it from the turn's prompt; forwards one by one are given the whole mask every time."""
+    family = SOME[0]
+    model, x = model_of(family, case), prompt(family)
+    cache = StaticCache(config=model.config, max_cache_len=400) if static else None
+    first = generate(model, x, 4, **({"past_key_values": cache} if static else {}))
+    cache = first.past_key_values
+    ids = torch.cat([first.sequences, torch.tensor([[7, 8]])], dim=1)
+    mask = torch.ones_like(ids)
+    mask[0, -5:-3] = 0  # the answer's last tokens in the cache; of the prompt and the new tokens none is padding
+    twin = copy.deepcopy(cache)
+    out = generate(model, {"input_ids": ids, "attention_mask": mask}, 4, past_key_values=cache, disable_compile=True)
+    tokens, held = ids[:, -3:], mask.sum(1, keepdim=True)
+    places = mask.cumsum(1)[:, -3:] - 1
+    for step, expected in enumerate(out.logits):
+        with torch.no_grad():
+            found = model(
+                input_ids=tokens, attention_mask=mask, position_ids=places, past_key_values=twin, use_cache=True
+            ).logits[:, -1]
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+        tokens = out.sequences[:, ids.shape[1] + step, None]
+        mask, places = torch.cat([mask, torch.ones_like(tokens)], dim=1), held + step
+
+
+def test_what_a_step_hands_out_stays_as_it_was():
+    model, x = model_of(SOME[0], "inner"), prompt(SOME[0])
+    more = {"output_hidden_states": True}
+    plain = generate(model, x, 6, **STATIC, **more)
+    with graphed(model, record=record_cpu):
+        out = generate(model, x, 6, cache_implementation="static", **more)
+    for ours, theirs in zip(out.hidden_states, plain.hidden_states, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
 def test_beams_and_samples():
     family = SOME[0]
     model, x = model_of(family, "inner"), prompt(family)
