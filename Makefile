@@ -9,7 +9,7 @@ QUANTISED := $(VENV)-quantised
 WORKERS ?= 2
 SPREAD := -n $(WORKERS) --dist worksteal
 # what also runs on the oldest supported transformers
-MODEL_TESTS := $(patsubst %,tests/test_%.py,laws reference scoring budget versions)
+MODEL_TESTS := $(patsubst %,tests/test_%.py,laws reference scoring budget versions graphs)
 # one thread each: two test workers on two cores beat two threads that fight
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false

@@ -27,6 +27,9 @@ def answer_video(
 ) -> dict[str, Any]:
     """Read a video, load a checkpoint, answer greedily; with `compare` also unpatched.
 
+    The whole video is read first, onto the device where the model will be: what is wrong with it anywhere shows before
+    gigabytes are loaded, and it takes a second at most where those take many.
+
     A configuration with `more_frames` reads that many times `frames`; with `compare` both sides see them. Each case is
     one run. With `compare` both are warmed up by one token first, else the times hold a first run.
 
@@ -44,7 +47,7 @@ def answer_video(
     from holimerge.reading import read_pixels
 
     from .conditions import conditions
-    from .load import load, read_config, read_settings, to_model
+    from .load import first_device, load, read_config, read_settings, to_model
     from .measure import measure_cases, spread, summary
     from .run import devices_of, patched, run_once
 
@@ -58,7 +61,8 @@ def answer_video(
     say("reading the video")
     begin = time.perf_counter()
     count = frames * loaded_config.more_frames
-    clip, pixels = read_pixels(video, settings, frames=count, sampling=sampling, fps=fps, backend=backend)
+    where = first_device(device_map)
+    clip, pixels = read_pixels(video, settings, frames=count, sampling=sampling, fps=fps, backend=backend, device=where)
     decode = (time.perf_counter() - begin) * 1000
     say("loading the model")
     loaded = load(model, device_map=device_map, dtype=dtype, attn_implementation=attn_implementation, settings=settings)

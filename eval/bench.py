@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from holimerge.config import load_config
-from holimerge.preprocess import default_settings
+from holimerge.preprocess import Settings, default_settings
 from holimerge.registry import list_families
 from holimerge.shapes import SHAPES, Shape, build_config, load_shape, shape_of
 from holimerge.video_write import synthetic_clip
@@ -47,8 +47,7 @@ def bench_inputs(
     config: of a supported family. frames: T. text_tokens: prompt tokens that are no video tokens. grid: patches
     (rows, columns) of a frame where the resolution is free.
     """
-    shape = shape_of(config)
-    vision = shape.vision
+    vision = shape_of(config).vision
     rows, columns = vision.frame_grid(grid)
     side = (rows * vision.patch, columns * vision.patch)
     if vision.side is not None:
@@ -56,11 +55,33 @@ def bench_inputs(
     rng = np.random.default_rng(seed)
     clip = synthetic_clip(frames, *side, seed=seed).astype(np.int16)
     clip = np.clip(clip + rng.integers(-2, 3, size=clip.shape, dtype=np.int16), 0, 255).astype(np.uint8)
-    alike = {"qwen3_vl": "qwen2_5_vl"}  # the same patches, of another size, which the config says
-    settings = default_settings(alike.get(config.model_type, config.model_type), config)
+    settings = bench_settings(config)
     if config.model_type != "llava_onevision":  # the size is chosen here: keep it
         settings = replace(settings, min_pixels=1, max_pixels=side[0] * side[1])
-    pixels = settings.pixels(clip)
+    return prompt_around(settings.pixels(clip), config, frames=frames, text_tokens=text_tokens, grid=grid, rng=rng)
+
+
+def bench_settings(config: Any) -> Settings:
+    """Preprocessor settings for a model without a preprocessor file."""
+    alike = {"qwen3_vl": "qwen2_5_vl"}  # the same patches, of another size, which the config says
+    return default_settings(alike.get(config.model_type, config.model_type), config)
+
+
+def prompt_around(
+    pixels: dict[str, Tensor],
+    config: Any,
+    *,
+    frames: int,
+    text_tokens: int,
+    grid: tuple[int, int] | None = None,
+    rng: np.random.Generator,
+) -> dict[str, Tensor]:
+    """One prompt of random text with a video in its middle.
+
+    pixels: of `Settings.pixels`. frames, text_tokens, grid: as in `bench_inputs`. rng: draws the text.
+    """
+    shape = shape_of(config)
+    vision = shape.vision
     tokens = vision.steps(frames) * vision.tokens_per_step(grid)
     separate = 1 if config.model_type == "llava_onevision" else 0
     names = ("video", "image", "vision_start", "vision_end", "eos", "bos", "pad")

@@ -6,7 +6,8 @@ The files: ten minutes of 1280 x 720 H.264, with short and long groups of pictur
 pan, an object that moves) are encoded and their packets repeated, so that they are there in seconds. The bare loop
 opens the file, seeks for each frame back to its key frame, decodes up to it and converts it to full-size RGB; which
 frames, it is told. Ours finds that out itself. Both ways of PyAV's threads are tried for the loop, and ours is held
-against the faster one. All sides take turns; the file is in the system's cache.
+against the faster one. All sides take turns; the file is in the system's cache. With a GPU frames are preprocessed on
+it, and the first token is that of a model of full size with random weights.
 """
 
 from __future__ import annotations
@@ -29,13 +30,14 @@ from holimerge.video_ahead import usable_cores
 from holimerge.video_pyav import VideoFile, import_av
 from holimerge.video_write import synthetic_clip
 
+from .bench_first_token import embedded_model, first_token, random_weights
 from .conditions import conditions
 from .measure import spread
 
 GOPS = {"short": 12, "long": 250}  # frames from one key frame to the next
 FRAMES, SECONDS, PART, FPS, HEIGHT, WIDTH = 32, 600, 40, 25, 720, 1280
 AIM = 1.1  # of the bare loop's time
-QUESTION = "What happens in the video?"
+SHAPE = "llava-onevision-7b"  # of the model on a GPU
 
 
 def write_long_clip(
@@ -124,20 +126,27 @@ def stages(path: str, settings: Settings, frames: int) -> dict[str, float]:
     return times
 
 
-def sides_of(path: str, settings: Settings, frames: int) -> dict[str, Callable[[], Any]]:
+def sides_of(path: str, settings: Settings, frames: int, device: str = "cpu") -> dict[str, Callable[[], Any]]:
     """What is timed, by name."""
     with VideoFile(path) as file:
         table = file.table()
     wanted = table.pts[sample_indices(table, frames=frames)].tolist()
-    return {
+
+    def overlapped(resize: str = "exact", where: str = "cpu") -> Any:
+        return read_pixels(path, settings, frames=frames, resize=resize, device=where)[1]
+
+    sides: dict[str, Callable[[], Any]] = {
         "bare loop, slice threads": lambda: bare_loop(path, wanted, "SLICE"),
         "bare loop, frame threads": lambda: bare_loop(path, wanted, "AUTO"),
         "frames, one thread": lambda: read_video(path, frames=frames, threads=1).frames,
         "frames": lambda: read_video(path, frames=frames).frames,
         "pixels, sequential": lambda: settings.pixels(read_video(path, frames=frames, threads=1).frames),
-        "pixels, overlapped": lambda: read_pixels(path, settings, frames=frames)[1],
-        "pixels, overlapped, decoder resizes": lambda: read_pixels(path, settings, frames=frames, resize="decoder")[1],
+        "pixels, overlapped": overlapped,
+        "pixels, overlapped, decoder resizes": lambda: overlapped("decoder"),
     }
+    if device != "cpu":
+        sides[f"pixels, overlapped, on {device}"] = lambda: overlapped("exact", device)
+    return sides
 
 
 def timed(
@@ -163,16 +172,21 @@ def bench_case(
     *,
     frames: int = FRAMES,
     repeats: int = 5,
+    device: str = "cpu",
+    shape: str = SHAPE,
     say: Callable[..., None] = lambda *_: None,
     **clip: Any,
 ) -> dict[str, Any]:
     """Time every side on one file, which is written here.
 
+    device: where the model is; on "cpu" it is the embedded one, elsewhere it has the shape `shape` and random weights,
+    and sides that decode in one thread are left out.
+
     Returns:
         `ms` and `cpu_ms` (of all threads) by side, `stages` in one thread, each median, min, max, p90, n; `ratio`: the
         frames' time over that of the faster bare loop, the median over turns; `aim`; `largest`, the stage that takes
-        longest; `decoder_resize`, by how much its pixels differ on the 0-255 scale; `first_token`; `video`;
-        `conditions`: ready for JSON.
+        longest; `decoder_resize`, by how much its pixels differ on the 0-255 scale; `first_token` by side;
+        `dominates`, the longest stage of its last side; `video`; `conditions`: ready for JSON.
 
     Raises:
         RuntimeError: the sides disagree about a frame or a pixel.
@@ -180,14 +194,17 @@ def bench_case(
     say("writing the file", 0, 0)
     video = write_long_clip(path, gop, **clip)
     settings = default_settings("llava_onevision")
-    sides = sides_of(str(path), settings, frames)
+    sides = sides_of(str(path), settings, frames, device)
     by_decoder = _compared(sides, settings)
+    if device != "cpu":
+        del sides["frames, one thread"], sides["pixels, sequential"]
     wall, cpu = timed(sides, repeats, say)
-    each = [stages(str(path), settings, frames) for _ in range(repeats)]
+    each = [stages(str(path), settings, frames) for _ in range(repeats if device == "cpu" else 1)]
     parts = {stage: spread(times[stage] for times in each) for stage in each[0]}
     bare = min((name for name in sides if name.startswith("bare")), key=lambda name: spread(wall[name])["median"])
     ratio = spread(ours / theirs for ours, theirs in zip(wall["frames"], wall[bare], strict=True))
-    told = first_token(str(path), frames, repeats, say)
+    reader = embedded_model() if device == "cpu" else random_weights(shape, device)
+    told = first_token(reader, str(path), frames, repeats, say)
     return {
         "kind": "reading",
         "video": video | {"frames": frames},
@@ -197,19 +214,27 @@ def bench_case(
         "largest": max(parts, key=lambda stage: parts[stage]["median"]),
         "bare": bare,
         "ratio": ratio,
-        "ratios": {
-            "frames, faster bare loop over ours": round(1 / ratio["median"], 3),
-            "file to first token, one after the other over overlapped": round(
-                told["sequential"]["all"]["median"] / told["overlapped"]["all"]["median"], 3
-            ),
-        },
+        "ratios": {"frames, faster bare loop over ours": round(1 / ratio["median"], 3), **_gains(told)},
         "aim": {f"at most {AIM}": ratio["median"] <= AIM},
         "decoder_resize": by_decoder,
+        "model": reader.name,
         "first_token": told,
+        "dominates": _longest(list(told.values())[-1]),
         "conditions": conditions(
-            "cpu", dtype="float32", seed=0, warmup=1, repeats=repeats, usable_cores=usable_cores()
+            device, dtype=reader.dtype, seed=0, warmup=1, repeats=repeats, usable_cores=usable_cores()
         ),
     }
+
+
+def _gains(told: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Of the time from file to first token: the first side's over every other's."""
+    first, *others = told
+    whole = {name: stages["all"]["median"] for name, stages in told.items()}
+    return {f"file to first token, {first} over {name}": round(whole[first] / whole[name], 3) for name in others}
+
+
+def _longest(stages: dict[str, Any]) -> str:
+    return max((name for name in stages if name != "all"), key=lambda name: float(stages[name]["median"]))
 
 
 def _compared(sides: dict[str, Callable[[], Any]], settings: Settings) -> dict[str, float]:
@@ -219,61 +244,12 @@ def _compared(sides: dict[str, Callable[[], Any]], settings: Settings) -> dict[s
         if not np.array_equal(sides[name](), frames):
             raise RuntimeError(f"{name}: other frames than the bare loop's")
     whole = settings.pixels(frames)["pixel_values_videos"]
-    for name in ("pixels, sequential", "pixels, overlapped"):
-        if not torch.equal(sides[name]()["pixel_values_videos"], whole):
+    for name in (name for name in sides if name.startswith("pixels") and "decoder" not in name):
+        if not torch.equal(sides[name]()["pixel_values_videos"].cpu(), whole):
             raise RuntimeError(f"{name}: other pixels")
     step = torch.tensor(settings.std)[:, None, None] / settings.rescale
     gap = (sides["pixels, overlapped, decoder resizes"]()["pixel_values_videos"] - whole).abs() * step
     return {"mean": round(float(gap.mean()), 3), "largest": round(float(gap.max()), 1)}
-
-
-def first_token(path: str, frames: int, repeats: int, say: Callable[..., None]) -> dict[str, Any]:
-    """From the file to the embedded model's first token at 15 % of the tokens, both ways: ms by stage."""
-    from holimerge.config import load_config
-    from holimerge.inputs import build_inputs
-
-    from .load import load, to_model
-    from .run import patched, run_once
-    from .tiny import BUDGETS, CHECKPOINT
-
-    model, tokenizer, settings, template = load(CHECKPOINT, dtype="float32")
-    config = load_config(next(path for path in BUDGETS if path.endswith("-15.yaml")))
-
-    def once(overlapped: bool) -> dict[str, float]:
-        begin = time.perf_counter()
-        pixels = None
-        if overlapped:
-            video, made = read_pixels(path, settings, frames=frames)
-            pixels = [made]
-        else:
-            video = read_video(path, frames=frames, threads=1)
-        read = time.perf_counter()
-        inputs = build_inputs(
-            QUESTION,
-            video,
-            config=model.config,
-            tokenizer=tokenizer,
-            settings=settings,
-            chat_template=template,
-            pixels=pixels,
-        )
-        built = time.perf_counter()
-        run = run_once(model, to_model(inputs, model), memory=False)
-        ms = {"read": (read - begin) * 1000, "inputs": (built - read) * 1000}
-        ms |= {stage: value for stage, value in run.stages.items() if stage != "inner"}
-        ms["other"] = run.ttft - sum(value for stage, value in run.stages.items() if stage != "inner")
-        return ms | {"all": (time.perf_counter() - begin) * 1000}
-
-    sides = {"sequential": False, "overlapped": True}
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
-    with patched(model, config):
-        for turn in range(repeats + 1):
-            for name in list(sides) if turn % 2 == 0 else reversed(list(sides)):
-                say(f"first token, {name}", turn, repeats + 1)
-                times = once(sides[name])
-                if turn:
-                    found[name].append(times)
-    return {name: {stage: spread(t[stage] for t in times) for stage in times[0]} for name, times in found.items()}
 
 
 def bench_gop(name: str, gop: int, **more: Any) -> dict[str, Any]:
@@ -287,18 +263,21 @@ def run(
     *,
     gops: dict[str, int] | None = None,
     repeats: int = 5,
+    device: str = "cpu",
     say: Callable[..., None] = print,
     **clip: Any,
 ) -> list[dict[str, Any]]:
     """Every kind of file; with `output`, one JSON each in that folder."""
     found = []
     for name, gop in (gops or GOPS).items():
-        result = bench_gop(name, gop, repeats=repeats, say=say, **clip)
+        result = bench_gop(name, gop, repeats=repeats, device=device, say=say, **clip)
         found.append(result)
         if output is not None:
             Path(output).mkdir(parents=True, exist_ok=True)
             text = json.dumps(result, indent=2) + "\n"
-            (Path(output) / f"reading-{name}-gop-cpu.json").write_text(text, encoding="utf-8")
+            (Path(output) / f"reading-{name}-gop-{result['conditions']['device_type']}.json").write_text(
+                text, encoding="utf-8"
+            )
     return found
 
 
@@ -310,7 +289,7 @@ def reading_tables(results: list[dict[str, Any]]) -> list[Any]:
 
     about = results[0]["video"]
     files = Table(title=f"{about['frames']} frames of {about['seconds']} s, ms: median (range)", title_justify="left")
-    tokens = Table(title="File to first token, embedded model, ms: median (range)", title_justify="left")
+    tokens = Table(title=f"File to first token, {results[0]['model']}, ms: median (range)", title_justify="left")
     for table in (files, tokens):
         table.add_column("", no_wrap=True)
     for r in results:
@@ -327,8 +306,9 @@ def reading_tables(results: list[dict[str, Any]]) -> list[Any]:
     files.add_section()
     files.add_row("frames / faster bare loop", *(f"{r['ratio']['median']:.2f}" for r in results))
     files.add_row("takes longest", *(r["largest"] for r in results))
-    for stage in results[0]["first_token"]["sequential"]:
-        tokens.add_row(stage, *(milliseconds_text(way[stage]) for r in results for way in r["first_token"].values()))
+    ways = [way for r in results for way in r["first_token"].values()]
+    for stage in max(ways, key=len):
+        tokens.add_row(stage, *(milliseconds_text(way[stage]) if stage in way else "" for way in ways))
     return [files, tokens]
 
 
@@ -339,11 +319,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", default=None, metavar="FOLDER", help="write one JSON per file into this folder")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", default="cpu", help="of the model, for instance cuda:0")
     given = parser.parse_args()
     if given.repeats < 1:
         parser.error("--repeats must be at least 1")
     with Steps() as say:
-        results = run(given.output, repeats=given.repeats, say=say)
+        results = run(given.output, repeats=given.repeats, device=given.device, say=say)
     for table in reading_tables(results):
         stdout().print(table)
 

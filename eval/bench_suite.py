@@ -44,7 +44,7 @@ class Change(NamedTuple):
 def benches(gpu: bool) -> list[Bench]:
     """All benches for a machine with or without a GPU; without one the shapes are small."""
     from .bench import bench_model
-    from .bench_decode import LENGTHS, bench_decode
+    from .bench_decode import GPU_LENGTHS, LENGTHS, bench_decode
     from .bench_growth import bench_growth
     from .bench_more_frames import bench_more_frames
     from .bench_planner import GPU_SHAPES as PLANNED
@@ -63,9 +63,15 @@ def benches(gpu: bool) -> list[Bench]:
     )
     found.append(Bench(f"growth-{SIDE * SIDE}x{WIDTH}", bench_growth))
     found.append(
-        Bench(f"decode-{shapes[0]}", partial(bench_decode, shape=shapes[0], lengths=LENGTHS if gpu else LENGTHS[:2]))
+        Bench(f"decode-{shapes[0]}", partial(bench_decode, shape=shapes[0], lengths=GPU_LENGTHS, repeats=2))
+        if gpu
+        else Bench(f"decode-{shapes[0]}", partial(bench_decode, shape=shapes[0], lengths=LENGTHS[:2]))
     )
     if gpu:
+        found += [  # half the clip: a GPU's time is dear
+            Bench(f"reading-{name}-gop", partial(bench_gop, name, gop, device="cuda:0", repeats=2, part=20))
+            for name, gop in GOPS.items()
+        ]
         for name, shape in PLANNED.items():  # the device is measured once, for the first of them
             first = name == next(iter(PLANNED))
             found.append(Bench(f"planner-{name}", partial(bench_shape, shape, device="cuda", recalibrate=first)))

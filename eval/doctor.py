@@ -126,6 +126,10 @@ def _devices(results: list[dict[str, Any]]) -> list[Line]:
         lines.append(Line("devices", "cuda", "none", "missing" if status == "ok" else status, note))
     several = seen(lambda r: r.get("device_type") == "cuda" and (r.get("devices_used") or 1) > 1)
     lines.append(Line("devices", "several GPUs", f"{count} here", *several))
+    graphs = seen(lambda r: bool(r.get("cuda_graphs")))
+    lines.append(Line("devices", "recorded decoding steps", "CUDA graphs" if count else "need CUDA", *graphs))
+    frames = seen(lambda r: r.get("device_type") == "cuda" and r["file"].startswith("reading-"))
+    lines.append(Line("devices", "frames preprocessed on a GPU", "pinned memory" if count else "need CUDA", *frames))
     mps = getattr(torch.backends, "mps", None)
     if mps is not None and mps.is_available():
         lines.append(Line("devices", "mps", "available", *seen(lambda r: r.get("device_type") == "mps")))

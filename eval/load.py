@@ -115,6 +115,17 @@ def load(
     return Loaded(model.eval(), tokenizer, settings, template)
 
 
+def first_device(device_map: str | None) -> str:
+    """Where `load` puts the vision tower, as far as it can be told before the weights are there; else "cpu"."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "cpu"
+    if device_map is None or device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return "cuda:0"
+    return device_map if device_map.startswith("cuda") else "cpu"
+
+
 def to_model(inputs: dict[str, Any], model: Any) -> dict[str, Any]:
     """Inputs on the model's device, pixels in its dtype."""
     moved = {key: value.to(model.device) for key, value in inputs.items()}

@@ -52,7 +52,13 @@ class _Ticks(StoppingCriteria):
 
 
 def run_once(
-    model: Any, inputs: Mapping[str, Tensor], *, max_new_tokens: int = 1, whole: bool = False, memory: bool = True
+    model: Any,
+    inputs: Mapping[str, Tensor],
+    *,
+    max_new_tokens: int = 1,
+    whole: bool = False,
+    memory: bool = True,
+    **how: Any,
 ) -> Run:
     """Generate greedily once, from the model as it is (patched or not).
 
@@ -63,10 +69,13 @@ def run_once(
             wall time of `generate`.
         whole: write all `max_new_tokens`, also past the end-of-answer token.
         memory: take the peak of the device's memory (of the process, on a CPU).
+        **how: more arguments of `generate`.
     """
     devices = devices_of(model)
     ticks = _Ticks(devices)
-    extra: dict[str, Any] = {"min_new_tokens": max_new_tokens} if whole and max_new_tokens > 1 else {}
+    extra = dict(how)
+    if whole and max_new_tokens > 1:
+        extra["min_new_tokens"] = max_new_tokens
     if max_new_tokens > 1:
         extra["stopping_criteria"] = StoppingCriteriaList([ticks])
     timed: AbstractContextManager[StageClock | None] = nullcontext() if _handle(model) is not None else watched(model)

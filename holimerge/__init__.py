@@ -7,6 +7,7 @@ Importing it changes nothing; `patch_model` changes the one model it is given.
 
 from .api import last_report, merging, patch_model, unpatch_model
 from .config import Config, ConfigError, load_config
+from .graphs import graphed
 from .registry import list_families, list_methods, list_presets
 from .report import Report, Selection, VideoReport
 from .scoring import score_options
@@ -20,6 +21,7 @@ __all__ = [
     "Selection",
     "VideoReport",
     "__version__",
+    "graphed",
     "last_report",
     "list_families",
     "list_methods",

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache
+from transformers.cache_utils import StaticLayer
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,11 @@ class _MergedCache(Cache):
     def reset(self) -> None:
         super().reset()
         self._holimerge = None
+        for layer in self.layers:
+            room = layer.__dict__.pop("_holimerge_room", None)
+            if room is not None and isinstance(layer, StaticLayer):  # made for more than the prompt now forgotten
+                layer.max_cache_len, layer.is_initialized = room, False
+                layer.keys = layer.values = None
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove > 0:  # the deprecated meaning: the length to keep, in the caller's count
@@ -157,3 +163,11 @@ def set_cache_state(cache: Cache, state: CacheState) -> None:
         cls: Any = type(cache)
         cache.__class__ = _merged_class(cls)
     cache._holimerge = state  # type: ignore[attr-defined]
+
+
+def make_smaller(cache: Cache | None, entries: int, first: int = 0) -> None:
+    """Take room for so many entries from the layers of a static cache, from `first` on, that hold nothing yet."""
+    for layer in [] if cache is None or entries < 1 else cache.layers[first:]:
+        if type(layer) is StaticLayer and not layer.is_initialized:
+            layer.__dict__.setdefault("_holimerge_room", layer.max_cache_len)
+            layer.max_cache_len -= entries

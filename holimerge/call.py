@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+from collections.abc import Callable
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -18,6 +20,18 @@ if TYPE_CHECKING:
     from .handle import Handle
     from .inner_stage import InnerRun
     from .splice import Continuation, Packing
+
+
+class Wrapped:
+    """An instance attribute that stands in for a bound method; a class of its own so that it can be deep-copied."""
+
+    def __init__(self, original: Callable[..., Any], run: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, original)  # takes over its attributes, which may be these
+        self.original, self.run = original, run
+        self.__signature__ = inspect.signature(original)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(self.original, *args, **kwargs)
 
 
 @dataclass
@@ -117,6 +131,24 @@ class Call:
         return None if None in parts else [p for part in parts if part is not None for p in part]
 
     @property
+    def prompt(self) -> Prompt | None:
+        """Of the running `generate` of this model, if it is one."""
+        prompt = PROMPT.get()
+        return prompt if prompt is not None and prompt.handle is self.handle else None
+
+    @property
+    def roomy(self) -> bool:
+        """Whether its static cache may be made as small as the prompt gets."""
+        prompt = self.prompt
+        return prompt is not None and prompt.made_here and (prompt.uncompiled or STEPS.get() is not None)
+
+    @property
+    def decoding(self) -> bool:
+        """Whether this is a step of a running `generate` after its first forward."""
+        prompt = self.prompt
+        return prompt is not None and self.cache is not None and prompt.cache is self.cache
+
+    @property
     def seen(self) -> int:
         """Tokens the caller counts in the cache. With a static cache the device is asked, so ask when needed only."""
         return 0 if self.cache is None else int(self.cache.get_seq_length())
@@ -143,6 +175,8 @@ class Prompt:
     report: of the videos that were encoded for it; placed: the same by kind of placeholder. They are kept here and
         not on the features, which accelerate builds anew when it moves a module's arguments.
     dropping: whether some token of its videos was dropped or merged away.
+    made_here: whether `generate` makes the cache; uncompiled: whether it never compiles a step for the cache's size.
+    cache: what its first forward wrote to. What comes after it are `generate`'s own tokens, none of them padding.
     """
 
     handle: Handle
@@ -151,6 +185,9 @@ class Prompt:
     attention_mask: Tensor | None
     seen: int
     chunked: bool = False
+    made_here: bool = False
+    uncompiled: bool = False
+    cache: Cache | None = None
     dropping: bool = False
     report: Report | None = None
     placed: dict[str, Placed] = field(default_factory=dict)
@@ -172,6 +209,7 @@ class Prompt:
 
 CALL: ContextVar[Call | None] = ContextVar("holimerge_call", default=None)
 PROMPT: ContextVar[Prompt | None] = ContextVar("holimerge_prompt", default=None)
+STEPS: ContextVar[Any] = ContextVar("holimerge_steps", default=None)  # of a running `generate` that records its steps
 
 
 def by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -29,8 +29,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from .cache import cache_state
-from .call import CALL, PROMPT, Call, Prompt, by_name
+from .cache import cache_state, make_smaller
+from .call import CALL, PROMPT, Call, Prompt, Wrapped, by_name
 from .config import Config, ConfigError
 from .encoder.stage import check
 from .inner_stage import InnerStage
@@ -51,18 +51,6 @@ class _Last(threading.local):
 
 
 _LAST = _Last()
-
-
-class _Wrapped:
-    """An instance attribute that stands in for a bound method; a class of its own so that it can be deep-copied."""
-
-    def __init__(self, original: Callable[..., Any], run: Callable[..., Any]) -> None:
-        self.original, self.run = original, run
-        functools.update_wrapper(self, original)
-        self.__signature__ = inspect.signature(original)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.run(self.original, *args, **kwargs)
 
 
 class Handle:
@@ -153,7 +141,7 @@ class Handle:
 
     def _replace(self, module: nn.Module, name: str, run: Callable[..., Any]) -> None:
         self._attributes.append((module, name, module.__dict__.get(name)))
-        module.__dict__[name] = _Wrapped(getattr(module, name), run)
+        module.__dict__[name] = Wrapped(getattr(module, name), run)
 
     def _pre(self, module: nn.Module, hook: Callable[..., Any]) -> None:
         self._hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
@@ -261,6 +249,7 @@ class Handle:
                 )
         self.family.check(kwargs, contiguous=self.contiguous)
         prompt = Prompt(self, ids, kwargs.get("inputs_embeds"), kwargs.get("attention_mask"), seen, chunked)
+        prompt.made_here, prompt.uncompiled = cache is None, bool(setting("disable_compile"))
         token = PROMPT.set(prompt)
         try:
             return original(*args, **kwargs)
@@ -395,6 +384,8 @@ class Handle:
             call.packing = pack(call, kwargs, cache)
         if call.packing is not None:
             kwargs = {**kwargs, **call.packing.arguments}
+            if call.roomy:
+                make_smaller(cache, embeds.shape[1] - call.packing.index.shape[1])
             if self.inner is not None:
                 self.inner.begin(call)
         report.clock.start("prefill", embeds.device)
@@ -404,6 +395,9 @@ class Handle:
         call = self.current()
         if call is None or output is None:
             return
+        prompt = call.prompt
+        if prompt is not None and prompt.cache is None:
+            prompt.cache = kwargs.get("past_key_values")
         if call.continuation is not None:
             remember_continuation(call, kwargs["past_key_values"])
         if call.has_video:

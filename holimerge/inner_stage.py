@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 from transformers.masking_utils import create_causal_mask
 
 from .attention import query_attention
-from .cache import CacheState, cache_state, held_length
+from .cache import CacheState, cache_state, held_length, make_smaller
 from .call import PROMPT
 from .config import ConfigError, Inner
 from .inner import choose_owners, merge_owned
@@ -259,8 +259,7 @@ class InnerStage:
                 cache = kwargs["past_key_values"]
                 inner_mask = step.state.inner_mask
                 assert inner_mask is not None
-                held = held_length(cache, self.measured)
-                flat = step.mask(inner_mask.to(hidden.device), held) if padded else None
+                flat = step.mask(inner_mask.to(hidden.device), cache, self.measured) if padded else None
                 mask = self._causal(hidden, flat, cache)
             step.arguments = {"attention_mask": mask, "position_ids": None} if needed else {}
         return args, {**kwargs, **_on(step.arguments, hidden.device)}
@@ -340,6 +339,8 @@ class InnerStage:
             else:
                 lengths = keep.sum(1).tolist()
             width = max(lengths)
+            if call.roomy:
+                make_smaller(run.cache, keep.shape[1] - width, self.layer)
             run.index = right_aligned(keep, width)
             run.real = keep.gather(1, run.index)
             run.padded = run.prior_padded or min(lengths) < width

@@ -14,6 +14,7 @@ import platform
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -405,6 +406,14 @@ def _resized(planes: Tensor, size: tuple[int, int], resample: int) -> Tensor:
 
 def _normalised(planes: Tensor, mean: Sequence[float], std: Sequence[float], rescale: float) -> Tensor:
     """Rescale and normalise uint8 `[T, 3, H, W]` in one step: (x - mean / rescale) / (std / rescale), in float32."""
-    shift = torch.tensor(mean, device=planes.device) * (1.0 / rescale)
-    scale = torch.tensor(std, device=planes.device) * (1.0 / rescale)
-    return planes.to(torch.float32).sub_(shift[:, None, None]).div_(scale[:, None, None])
+    shift, scale = _constants(tuple(mean), tuple(std), rescale, planes.device)
+    return planes.to(torch.float32).sub_(shift).div_(scale)
+
+
+@lru_cache(maxsize=16)
+def _constants(
+    mean: tuple[float, ...], std: tuple[float, ...], rescale: float, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """What `_normalised` subtracts and divides by; kept, since a GPU waits for numbers from the host."""
+    shift, scale = (torch.tensor(x, dtype=torch.float32) * (1.0 / rescale) for x in (mean, std))
+    return shift[:, None, None].to(device), scale[:, None, None].to(device)

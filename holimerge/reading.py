@@ -2,8 +2,8 @@
 
 `read_pixels` gives, bit for bit, what `settings.pixels(read_video(source).frames)` gives. Threads decode ahead and
 resize each frame as soon as it is there, so that no full-size frames are kept; meanwhile this thread normalises the
-finished ones in chunks. With a CUDA device the uint8 frames cross over from pinned memory without waiting, and the
-device normalises. Untested: CUDA. There was no GPU where this was written.
+finished ones in chunks. With a CUDA device the frames are collected in one piece of pinned memory, from where the uint8
+values cross over without waiting, and the device normalises and rounds them.
 
 The vision tower does not start before the last frame is there: transformers' models take all pixels as one tensor, so a
 tower fed in pieces would need their forward written anew.
@@ -32,6 +32,7 @@ def read_pixels(
     resize: str = "exact",
     chunk: int = 8,
     device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
     threads: int | None = None,
     **rule: Any,
 ) -> tuple[Video, dict[str, Tensor]]:
@@ -43,15 +44,15 @@ def read_pixels(
         resize: "exact" resizes full frames as the checkpoint's own processor does. "decoder" lets the decoder's colour
             conversion do it: other pixels (`python -m holimerge.eval.bench_reading` says by how much), less work.
         chunk: frames normalised at a time; the result does not depend on it.
-        device: where the pixels are wanted.
+        device: where the pixels are wanted. dtype: of them, rounded from float32 where they are.
         threads, **rule: as in `read_video` (frames, sampling, fps, start, ...; not size, which `settings` decide).
 
     Returns:
         the video, whose frames have the model's size already (`settings.pixels` leaves them so), and the pixels as
-        `Settings.pixels` gives them, on `device`.
+        `Settings.pixels` gives them, on `device`; video_grid_thw stays on the host.
 
     Raises:
-        ValueError: a wrong resize or chunk; and everything that `read_video` raises.
+        ValueError: a wrong resize, chunk or dtype; and everything that `read_video` raises.
     """
     if resize not in RESIZES:
         raise ValueError(f"resize: {resize!r}; valid: {', '.join(RESIZES)}")
@@ -59,7 +60,9 @@ def read_pixels(
         raise ValueError(f"chunk: {chunk!r}; at least 1 frame is needed")
     if "size" in rule or "taker" in rule:
         raise ValueError("size: the preprocessor settings decide it here; read_video takes a size of your own")
-    made = _Pixels(settings, resize == "decoder", chunk, torch.device(device))
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype: {dtype}; pixels are floating-point numbers, for instance torch.bfloat16")
+    made = _Pixels(settings, resize == "decoder", chunk, torch.device(device), dtype)
     video = read_video(source, threads=threads, taker=made, **rule)
     return video, made.inputs()
 
@@ -67,8 +70,10 @@ def read_pixels(
 class _Pixels(Taker):
     """Preprocesses frames as they come."""
 
-    def __init__(self, settings: Settings, by_decoder: bool, chunk: int, device: torch.device) -> None:
-        self._settings, self._by_decoder, self._device = settings, by_decoder, device
+    def __init__(
+        self, settings: Settings, by_decoder: bool, chunk: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self._settings, self._by_decoder, self._device, self._dtype = settings, by_decoder, device, dtype
         step = 1 if settings.model_type in LLAVA else settings.temporal_patch_size
         self._chunk = -(-chunk // step) * step  # frames of one patch stay together
 
@@ -84,30 +89,33 @@ class _Pixels(Taker):
         return self._settings.fit(picture, self._count)
 
     def take(self, pictures: Iterator[np.ndarray], count: int) -> np.ndarray:
-        frames: np.ndarray | None = None
+        cuda = self._device.type == "cuda"
+        held: Tensor | None = None
         for begin in range(0, count, self._chunk):
             for slot, picture in enumerate(itertools.islice(pictures, self._chunk), start=begin):
-                if frames is None:
-                    frames = np.empty((count, *picture.shape), dtype=np.uint8)
+                if held is None:
+                    held = torch.empty((count, *picture.shape), dtype=torch.uint8, pin_memory=cuda)
+                    frames = held.numpy()
                 frames[slot] = picture
-            assert frames is not None
-            self._add(frames[begin : begin + self._chunk])
-        assert frames is not None
+            assert held is not None
+            self._add(held[begin : begin + self._chunk])
+        assert held is not None
+        if cuda:  # the frames are the caller's from here on
+            torch.cuda.current_stream(self._device).synchronize()
         return frames
 
-    def _add(self, frames: np.ndarray) -> None:
+    def _add(self, frames: Tensor) -> None:
         """Normalise the next frames, on the device where nothing is left to resize there."""
-        values = torch.from_numpy(frames)
-        fitted = self._settings.frame_size(self._count, *frames.shape[1:3]) == frames.shape[1:3]
-        if fitted and self._device.type == "cuda":
-            values = values.pin_memory().to(self._device, non_blocking=True)
+        height, width = frames.shape[1:3]
+        fitted = self._settings.frame_size(self._count, height, width) == (height, width)
+        values = frames.to(self._device, non_blocking=True) if fitted else frames
         made = self._settings.pixels(values, total=self._count)
         part, grid = made["pixel_values_videos"], made.get("video_grid_thw")
         across = 1 if grid is None else 0  # frames lie along this dimension
         if self._values is None:
             shape = list(part.shape)
             shape[across] = shape[across] // len(frames) * self._count if grid is None else self._rows(grid)
-            self._values = torch.empty(shape, dtype=part.dtype, device=self._device)
+            self._values = torch.empty(shape, dtype=self._dtype, device=self._device)
             self._grid = None if grid is None else torch.zeros_like(grid)
         self._values.narrow(across, self._at, part.shape[across]).copy_(part)
         self._at += part.shape[across]

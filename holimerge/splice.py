@@ -76,10 +76,20 @@ class Continuation:
         """Whether layer 0 needs a mask."""
         return self.state.padded or self.new is not None or self.later is not None
 
-    def mask(self, known: Tensor, held: int) -> Tensor:
+    def known(self, known: Tensor, held: int) -> Tensor:
         """[B, held + L] bool: a cache's entries, of which the state knows the first ones, and the new ones."""
         before = extended(known, held, self.later)
         return extended(before, held + self.length, self.new)
+
+    def mask(self, known: Tensor, cache: Cache, layer: int = 0) -> Tensor:
+        """[B, C] bool: the same for one layer, as wide as its masks.
+
+        What a static layer has not used yet counts as tokens: it comes after every query.
+        """
+        width = int(cache.get_mask_sizes(self.length, layer)[0])
+        if self.new is not None or self.later is not None:
+            known = self.known(known, held_length(cache, layer))
+        return extended(known, width)
 
 
 def right_aligned(keep: Tensor, width: int) -> Tensor:
@@ -325,19 +335,20 @@ def continue_over(call: Call, kwargs: dict[str, Any], state: CacheState) -> dict
     """The language model's arguments for a forward over a shortened cache (decoding, or a later turn of text)."""
     embeds, cache, mask = kwargs["inputs_embeds"], kwargs["past_key_values"], kwargs.get("attention_mask")
     length, device = embeds.shape[1], embeds.device
-    given = token_mask(call, mask, embeds.shape[0], length, cache, device)
-    new = None if given is None else given[:, -length:]
-    if new is not None and (length == 1 or bool(new.all())):  # `generate`'s new tokens are all real
-        new = None
-    held = held_length(cache)
-    later = later_entries(state, held, given, call)
-    if later is not None and not state.padded and bool(later.all()):
-        later = None
+    new = later = None
+    if length > 1 or not call.decoding:  # else nothing to ask: a static cache's lengths are on the device
+        given = token_mask(call, mask, embeds.shape[0], length, cache, device)
+        new = None if given is None else given[:, -length:]
+        if new is not None and (length == 1 or bool(new.all())):  # `generate`'s new tokens are all real
+            new = None
+        later = later_entries(state, held_length(cache), given, call)
+        if later is not None and not state.padded and bool(later.all()):
+            later = None
     step = call.continuation = Continuation(state, new, later, length)
     arguments = dict(kwargs)
     arguments["attention_mask"] = None
     if step.padded:
-        arguments["attention_mask"] = step.mask(state.mask.to(device), held).long()
+        arguments["attention_mask"] = step.mask(state.mask.to(device), cache).long()
     positions = _with_axes(kwargs.get("position_ids"))
     dropped = state.dropped.to(device)[:, None]
     if positions is None:
@@ -353,24 +364,23 @@ def continue_over(call: Call, kwargs: dict[str, Any], state: CacheState) -> dict
 
 
 def remember_continuation(call: Call, cache: Cache) -> None:
-    """After a forward whose new entries held padding: later forwards must know which."""
+    """After a forward over padding that the state does not know: later forwards must know it."""
     step = call.continuation
-    if step is None or step.new is None or step.length == 1:
+    if step is None or (step.new is None and step.later is None):
         return
-    state = step.state
-    held = held_length(cache) - step.length
-    inner = state.inner_mask
-    stage = call.handle.inner
+    state, inner, stage = step.state, step.state.inner_mask, call.handle.inner
     if inner is not None and stage is not None:
-        inner = step.mask(inner, held_length(cache, stage.measured) - step.length)
+        inner = step.known(inner, held_length(cache, stage.measured) - step.length)
+    mask = step.known(state.mask, held_length(cache) - step.length)
     set_cache_state(
         cache,
         replace(
             state,
-            mask=step.mask(state.mask, held),
+            mask=mask,
             padded=True,
             inner_mask=inner,
             inner_padded=inner is not None,
+            whole=state.whole + mask.shape[1] - state.mask.shape[1],
         ),
     )
 

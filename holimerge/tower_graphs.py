@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .recording import record_cuda
+
 _LOG = logging.getLogger("holimerge")
 WARM_UP = 2  # eager calls before a capture: kernels are chosen and workspaces made in them
 MOST = 4  # graphs kept; each holds the memory of one call
@@ -26,27 +28,19 @@ class _Graph:
     def __init__(self, call: Callable[[Mapping[str, Any]], Any], arguments: Mapping[str, Any]) -> None:
         self.inputs = {name: x.clone() for name, x in arguments.items() if isinstance(x, Tensor)}
         given = {**arguments, **self.inputs}
-        device = next(iter(self.inputs.values())).device
-        side = torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UP):
-                call(given)
-        torch.cuda.current_stream(device).wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        # other threads may allocate meanwhile
-        with torch.cuda.graph(self.graph, stream=side, capture_error_mode="thread_local"):
-            self.tensors, self.more = call(given)
+        self.device = next(iter(self.inputs.values())).device
+        for _ in range(WARM_UP):
+            call(given)
+        self._replay, (self.tensors, self.more) = record_cuda(lambda: call(given), self.device)
         self.done = torch.cuda.Event()
-        self.device = device
-        self.done.record(torch.cuda.current_stream(device))
+        self.done.record(torch.cuda.current_stream(self.device))
 
     def replay(self, arguments: Mapping[str, Any]) -> tuple[list[Tensor | None], Any]:
         stream = torch.cuda.current_stream(self.device)
         stream.wait_event(self.done)  # another thread's stream may still read the last result
         for name, x in self.inputs.items():
             x.copy_(arguments[name], non_blocking=True)
-        self.graph.replay()
+        self._replay()
         copies = [None if x is None else x.clone() for x in self.tensors]
         self.done.record(stream)
         return copies, self.more

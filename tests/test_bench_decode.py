@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from recording import record_cpu
 from transformers import DynamicCache
 
 from holimerge.eval import bench
@@ -35,3 +36,22 @@ def test_every_case_writes_every_token(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     assert result["ratios"]["holimerge-10, batch 2, tokens a second"] == pytest.approx(speeds[1] / speeds[0], abs=1e-2)
     assert len(decode_table(result).rows) == 8
+
+
+def test_recorded_steps_are_cases_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "toy_config", lambda: toy_config(quick=True))
+    only = [name for name in decode_cases(graphs=True) if name.endswith(", graphed")]
+    assert only == ["unpatched, graphed", "holimerge-10, graphed", "holimerge-10, outer only, graphed"]
+    result = bench_decode(
+        frames=8, lengths=(2, 5), batches=(2,), repeats=1, warmup=1, device="cpu", only=only, record=record_cpu
+    )
+    assert json.loads(json.dumps(result)) == result
+    cases = result["batches"][0]["cases"]
+    assert list(cases) == ["unpatched", *only]
+    assert [case["recording_ms"] and case["recording_ms"]["n"] for case in cases.values()] == [None, 2, 2, 2]
+    full, graphed, both, outer = (case["cache_bytes"] for case in cases.values())
+    assert full == graphed > outer > both > 0  # a static cache, too, holds what was left
+    assert "holimerge-10, graphed, batch 2, tokens a second over unpatched, graphed" in result["ratios"]
+    assert len(decode_table(result).rows) == 4
+    with pytest.raises(ValueError, match="only: no case 'none'; valid: unpatched, holimerge-10, "):
+        bench_decode(frames=8, lengths=(2,), batches=(1,), device="cpu", only=["none"])

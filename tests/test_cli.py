@@ -278,12 +278,15 @@ def test_doctor_says_what_is_untested() -> None:
         return {line.name for line in examine(results) if line.note == UNTESTED}
 
     never = {"flash_attention_2", "decord", "torchcodec", "several GPUs"}
+    never |= {"recorded decoding steps", "frames preprocessed on a GPU"}
     gpus = {f"cuda:{i}" for i in range(torch.cuda.device_count())} or {"cuda"}
     assert untested([]) >= never | gpus
     on_gpu = {"file": "gpu.json", "device_type": "cuda", "attn": "sdpa", "dtype": "bfloat16"}
     assert untested([on_gpu]) >= never
     assert not untested([on_gpu]) & gpus
     assert "flash_attention_2" not in untested([{**on_gpu, "attn": "flash_attention_2"}])
+    assert "recorded decoding steps" not in untested([{**on_gpu, "cuda_graphs": True}])
+    assert "frames preprocessed on a GPU" not in untested([{**on_gpu, "file": "reading-short-gop-cuda.json"}])
     assert "torchcodec" not in untested([{**on_gpu, "video_backend": "torchcodec"}])
     assert holi("doctor").exit_code == 0
 

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from around import most, settings, videos
-from patching import generate, logits
+from patching import assert_steps_close, generate, logits
 from toys import SOME, TOYS, make_model, prompt
+from transformers import CompileConfig
 
 import holimerge
 
@@ -112,6 +113,27 @@ def test_generating_and_prompts_of_many_lengths_with_a_compiled_decoder():
     for frames in range(2, 26, 2):  # more than the graphs torch keeps of one function
         x = prompt(family, frames=frames)
         torch.testing.assert_close(logits(model, x), logits(eager, x))
+
+
+@pytest.mark.parametrize("family", SOME[:2])
+@pytest.mark.parametrize("inner", [False, True])
+def test_generate_compiles_its_steps_over_a_static_cache(family, inner):
+    """Outer reduction alone; with an inner merge the steps run as they are."""
+    cfg = most(family) if inner else settings(family)["outer"]
+    model, x = holimerge.patch_model(shallow(family), cfg), prompt(family, frames=2)
+    graphs = []
+
+    def backend(module: Any, example: Any) -> Any:
+        graphs.append(module)
+        return module
+
+    how = CompileConfig(backend=backend, mode=None)
+    how._compile_all_devices = True
+    eager = generate(model, x, 4)
+    out = generate(model, x, 4, cache_implementation="static", compile_config=how)
+    assert bool(graphs) != inner
+    assert torch.equal(out.sequences, eager.sequences)
+    assert_steps_close(out.logits, eager.logits)
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no compiler on this machine")

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from test_graphs import CASES, STATIC, model_of
 from test_laws import generate, handle_of, logits, preset, recomputed
+from test_reading import SETTINGS
 from toys import build, make_model, make_video, prompt
 
 import holimerge
+from holimerge.reading import read_pixels
+from holimerge.video import read_video, synthetic_clip, write_video
 
 pytestmark = [
     pytest.mark.gpu,
@@ -51,6 +55,31 @@ def test_records_are_the_same_on_both_devices_and_the_same_every_time(family):
         record = handle_of(model).selection.outer[0].to("cpu")
         assert torch.equal(record.assignment, on_cpu.assignment)
         assert torch.equal(logits(model, on_gpu(x)), out)
+
+
+@pytest.mark.parametrize(("family", "case"), CASES)
+def test_recorded_steps_are_the_steps_on_a_gpu(family, case):
+    model = model_of(family, case).cuda()
+    x = on_gpu(build(family, [[5, make_video(family), 6, 7], [8, make_video(family, seed=1), 9, 10, 11]]))
+    plain = generate(model, x, 8, **STATIC)
+    with holimerge.graphed(model):
+        for _ in range(2):
+            out = generate(model, x, 8, cache_implementation="static")
+            assert torch.equal(out.sequences, plain.sequences)
+            for ours, theirs in zip(out.logits, plain.logits, strict=True):
+                torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pixels_made_on_a_gpu_are_those_of_the_host(tmp_path, name, dtype):
+    path = write_video(tmp_path / "a.mp4", synthetic_clip(40, 96, 128))
+    whole = SETTINGS[name].pixels(read_video(path, frames=9).frames)["pixel_values_videos"]
+    for _ in range(2):  # the pinned memory is used again
+        video, made = read_pixels(path, SETTINGS[name], frames=9, chunk=2, device="cuda", dtype=dtype)
+        video.frames[:] = 0  # the caller's
+        assert made["pixel_values_videos"].is_cuda
+        assert torch.equal(made["pixel_values_videos"].cpu(), whole.to(dtype))
 
 
 def test_stages_are_timed_by_events(family):

@@ -14,7 +14,10 @@ import numpy as np
 import pytest
 import torch
 from test_video import FILES, N, counted_frames, linspace, numbers
+from toys import make_model
 
+from holimerge.eval import bench_first_token
+from holimerge.eval.bench_first_token import first_token, random_weights
 from holimerge.eval.bench_reading import reading_tables, run
 from holimerge.preprocess import Settings, default_settings
 from holimerge.reading import read_pixels
@@ -219,6 +222,15 @@ def test_pixels_made_meanwhile_are_the_pixels_made_after(make: Callable[[str], s
         assert torch.equal(again, whole["pixel_values_videos"])  # the frames kept have the model's size already
 
 
+@pytest.mark.parametrize("name", ["llava", "qwen, capped", "qwen, crossed"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_pixels_of_another_dtype_are_those_rounded(make: Callable[[str], str], name: str, dtype: torch.dtype) -> None:
+    whole = SETTINGS[name].pixels(read_video(make("short.mp4"), frames=5, threads=1).frames)["pixel_values_videos"]
+    pixels = read_pixels(make("short.mp4"), SETTINGS[name], frames=5, chunk=2, dtype=dtype)[1]["pixel_values_videos"]
+    assert pixels.dtype == dtype
+    assert torch.equal(pixels, whole.to(dtype))
+
+
 @pytest.mark.parametrize("kind", ["array", "images", "rotated", "refresh"])
 def test_every_kind_of_source_goes_the_same_way(make: Callable[[str], str], tmp_path: Path, kind: str) -> None:
     frames = synthetic_clip(9, 48, 80)
@@ -289,6 +301,7 @@ def test_mistakes(make: Callable[[str], str]) -> None:
         ({"resize": "fast"}, "resize: 'fast'; valid: exact, decoder"),
         ({"chunk": 0}, "chunk: 0; at least 1"),
         ({"size": (4, 4)}, "the preprocessor settings decide"),
+        ({"dtype": torch.int32}, "dtype: torch.int32; pixels are floating-point"),
         ({"threads": 0}, "threads must be a whole number of at least 1"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -308,6 +321,28 @@ def test_the_bench_tells_what_dominates(tmp_path: Path) -> None:
     assert set(found["ms"]) == set(found["cpu_ms"])
     fastest = min(found["ms"][name]["median"] for name in found["ms"] if name.startswith("bare"))
     assert found["ratio"]["median"] == pytest.approx(found["ms"]["frames"]["median"] / fastest, rel=1e-3)
-    assert found["first_token"]["overlapped"].keys() == found["first_token"]["sequential"].keys()
+    one, both = found["first_token"]["one after the other"], found["first_token"]["overlapped"]
+    assert (
+        list(one)
+        == list(both)
+        == ["read", "inputs", "vision", "reduce", "project", "splice", "prefill", "other", "all"]
+    )
+    assert found["dominates"] in both
     assert 0 < found["decoder_resize"]["mean"] < 30
     assert len(reading_tables([found])) == 2
+
+
+@pytest.mark.parametrize("family", ["llava_onevision", "qwen2_5_vl"])
+def test_the_way_to_the_first_token_of_random_weights(
+    make: Callable[[str], str], monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    config = make_model(family).config
+    monkeypatch.setattr(bench_first_token, "shape_config", lambda name: (config, None))
+    told = first_token(random_weights("tiny", "cpu"), make("short.mp4"), 4, 1, lambda *_: None)
+    assert list(told) == [
+        f"{model}, {way}" for model in ("unpatched", "holimerge-10") for way in ("one after the other", "overlapped")
+    ]
+    for stages in told.values():
+        parts = sum(value["median"] for stage, value in stages.items() if stage != "all")
+        assert parts == pytest.approx(stages["all"]["median"], rel=1e-3)
+    assert {"reduce", "splice"} <= set(told["holimerge-10, overlapped"])
