@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from holimerge.config import Config, load_config
-from holimerge.graphs import Recorder, graphed, record_cuda
+from holimerge.graphs import graphed
+from holimerge.recording import Recorder, record_cuda
 from holimerge.timing import now
 
 from .bench import bench_inputs, shape_config
