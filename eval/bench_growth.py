@@ -71,8 +71,8 @@ def bench_growth(
     width: int = WIDTH,
     device: str | None = None,
     preset: str = PRESET,
-    repeats: int = 3,
-    warmup: int = 1,
+    repeats: int = 5,
+    warmup: int = 2,
     seed: int = SEED,
     say: Callable[..., None] = lambda *_: None,
 ) -> dict[str, Any]:

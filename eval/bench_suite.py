@@ -57,7 +57,10 @@ def benches(gpu: bool) -> list[Bench]:
     fast = {shape: "holimerge-10-frames" if "qwen2.5" in shape else "holimerge-10-fast" for shape in shapes}
     presets = {shape: ("holitom-10", "holimerge-10", fast[shape], "holimerge-25") for shape in shapes}
     more, few = ("holimerge-10", "more-frames-10" if gpu else "more-frames-4"), 32 if gpu else 8
-    found = [Bench(f"model-{shape}", partial(bench_model, shape=shape, configs=presets[shape])) for shape in shapes]
+    found = [
+        Bench(f"model-{shape}", partial(bench_model, shape=shape, configs=presets[shape], repeats=9 if gpu else 5))
+        for shape in shapes
+    ]
     found.append(
         Bench(f"more-frames-{shapes[0]}", partial(bench_model, shape=shapes[0], configs=more, frames=few, new_tokens=0))
     )
