@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from attending import ENCODERS, assert_same, attentions, counted, two_videos
 from test_graphs import CASES, STATIC, model_of
 from test_laws import generate, handle_of, logits, preset, recomputed
 from test_reading import SETTINGS
+from towers import encoded
 from toys import build, make_model, make_video, prompt
 
 import holimerge
@@ -161,3 +163,31 @@ def test_the_reduction_asks_the_device_once(retain):
     assert sum("DtoH" in name for name in events) == 1
     if retain < 1:
         assert record.clustered
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+def test_spans_of_one_length_attend_together_on_a_gpu(name, attn, dtype, monkeypatch):
+    model = make_model(name, attn=attn, dtype=dtype).cuda()
+    x = on_gpu(two_videos(name))
+    x["pixel_values_videos"] = x["pixel_values_videos"].to(dtype)
+    expected, _ = encoded(model, x, None, attention="stock")
+    with counted(monkeypatch, model) as calls:
+        ours, _ = encoded(model, x, None)
+    assert_same(ours, expected, 1e-4 if dtype == torch.float32 else 5e-2)
+    if attn == "sdpa":
+        assert all(1 <= len(layer) <= 4 for layer in calls)
+
+
+@pytest.mark.parametrize("kind", [None, "tokens"])
+def test_between_two_blocks_of_a_tower_nothing_waits_for_the_gpu(kind):
+    model, x = make_model("qwen2_vl").cuda(), on_gpu(two_videos("qwen2_vl"))
+    options = None if kind is None else ENCODERS[kind]
+    expected, _ = encoded(model, x, options)
+    first, *_, last = attentions(model)  # the marks of spans are read on entering the first
+    first.register_forward_hook(lambda *_: torch.cuda.set_sync_debug_mode("error"))
+    last.register_forward_hook(lambda *_: torch.cuda.set_sync_debug_mode("default"))
+    try:
+        ours, _ = encoded(model, x, options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert_same(ours, expected, 0)

@@ -624,3 +624,13 @@ def test_a_patched_model_counts_what_its_tower_is_left_to_do():
         shares.append(row.scheme.tower_share)
         assert shares[-1] == tower_left(shape_of(model.config).vision, cfg.encoder, None)[0]
     assert shares[0] == 1 > shares[1]
+
+
+@pytest.mark.parametrize(
+    ("attention", "apart", "batched"),
+    [("auto", False, False), ("auto", True, True), ("stock", True, False), ("batched", False, True)],
+)
+def test_spans_attend_together_where_the_configuration_has_it_so(attention, apart, batched):
+    device: Any = SimpleNamespace(apart=apart)  # a GPU's tables are apart from its host's
+    assert Scheme(tower_attention=attention).batched(device) == batched
+    assert not Scheme(method=None, tower_attention=attention).batched(device)

@@ -37,6 +37,7 @@ def scheme_of(handle: Handle) -> Scheme:
         layer=None if handle.inner is None else handle.inner.layer,
         retain=None if config.inner is None else config.inner.retain,
         chunk=config.chunk_frames,
+        tower_attention=config.tower_attention,
     )
 
 

@@ -38,7 +38,7 @@ class Scheme:
 
     method: of the outer reduction; None for the stock model. at: where it works. layer, retain: of the inner merge.
     chunk: temporal steps per call of the tower. tower_share: FLOPs that a setting inside the vision tower leaves of
-    it; 1 without one. merging: blocks of the tower in which it merges tokens.
+    it; 1 without one. merging: blocks of the tower in which it merges tokens. tower_attention: of the configuration.
     """
 
     method: str | None = "holitom"
@@ -48,6 +48,13 @@ class Scheme:
     chunk: int | None = None
     tower_share: float = 1.0
     merging: int = 0
+    tower_attention: str = "auto"
+
+    def batched(self, device: Device) -> bool:
+        """Whether a tower's spans of one length attend together; a GPU's tables are apart from the host's."""
+        if self.method is None or self.tower_attention == "stock":
+            return False
+        return self.tower_attention == "batched" or device.apart
 
 
 @dataclass(frozen=True)
@@ -203,7 +210,7 @@ def _vision(prompt: Prompt, device: Device, scheme: Scheme, clip: Clip, host: Ca
         ms += _projector(device, shape, rows // v.merge**2)
     if v.pooled:
         width = shape.text.width if late else v.width
-        if stock or shape.model_type != "llava_onevision":
+        if stock:
             ms += device.elementwise_ms("pool", rows * width)
         else:  # its four taps gathered, and their sum in the features' dtype
             ms += _passes(device, 5, prompt.tokens(clip) * width)
@@ -215,16 +222,16 @@ def _blocks(
     shape: ModelShape, device: Device, scheme: Scheme, cells: Grid, steps: int, host: Callable[[str], float]
 ) -> Iterator[Step]:
     """All blocks of the tower over `steps` temporal steps."""
-    v, stock = shape.vision, scheme.method is None
+    v, batched = shape.vision, scheme.batched(device)
     rows = steps * cells[0] * cells[1]
-    # stock towers of a free resolution ask the device for the spans' lengths and go through them one by one
-    looped = device.apart and stock and v.side is None and not device.conditions.attention.startswith("flash")
+    single = v.side is None and not batched  # one call a span
+    # such towers ask the device for the spans' lengths and go through them one by one
+    looped = device.apart and single and not device.conditions.attention.startswith("flash")
     plain = tower_layer(device, shape, rows)
     for count, spans in _kinds_of_blocks(shape, cells, steps):
         attention, calls = 0.0, 0
         for length, many in spans:
-            together = stock and v.side is None  # one call a span
-            heads, times = (v.heads, many) if together else (v.heads * many, 1)
+            heads, times = (v.heads, many) if single else (v.heads * many, 1)
             attention += device.attention_ms(length, heads, v.width // v.heads, causal=False, calls=times)
             calls += times
         if looped:
@@ -232,7 +239,7 @@ def _blocks(
                 yield Step("vision", plain * scheme.tower_share, host("tower_layer"), waits=True)
                 yield Step("vision", attention * scheme.tower_share, calls * host("attention_call"))
             continue
-        if len(spans) > 1 and not stock:  # gathered by length: queries, keys, values, and what comes out
+        if len(spans) > 1 and batched:  # gathered by length: queries, keys, values, and what comes out
             attention += _passes(device, 4, rows * v.width)
         issued = host("tower_layer") + (len(spans) - 1) * host("attention_call")
         yield Step("vision", count * (plain + attention) * scheme.tower_share, count * issued)
