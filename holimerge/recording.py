@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from functools import cache
-from threading import Lock
+from threading import Lock, get_ident
 from typing import Any
 
 import torch
@@ -17,18 +17,26 @@ _RECORDING = Lock()
 
 
 @cache
-def _stream(device: torch.device) -> torch.cuda.Stream:
-    """Where steps are recorded: one stream a device, since cuBLAS keeps a workspace for each."""
+def _stream(device: torch.device, thread: int) -> torch.cuda.Stream:
+    """Where a thread records: cuBLAS keeps a workspace for each stream, which graphs recorded there share, so that they
+    must not run at the same time."""
     return torch.cuda.Stream(device)
 
 
-def record_cuda(run: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
+def record_cuda(
+    run: Callable[[], Any], device: torch.device, stream: torch.cuda.Stream | None = None
+) -> tuple[Callable[[], None], Any]:
     """Record what `run` launches on the device; it must have run before. Nothing is computed.
+
+    Args:
+        run: waits for nothing.
+        stream: to record on; that of the thread if not given. What is recorded on one stream may only run in turns.
 
     Returns:
         a function that does it all, and what `run` returned, whose tensors that function fills.
     """
-    graph, stream, current = torch.cuda.CUDAGraph(), _stream(device), torch.cuda.current_stream(device)
+    stream = stream or _stream(device, get_ident())
+    graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
     # not `torch.cuda.graph`: it gives the allocator's memory back, which the next prompt would have to ask for again
     with _RECORDING, torch.cuda.device(device), torch.cuda.stream(stream):
         stream.wait_stream(current)

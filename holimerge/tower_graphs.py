@@ -25,19 +25,22 @@ MOST = 4  # graphs kept; each holds the memory of one call
 class _Graph:
     """One captured call: the tensors it reads, and what it gives."""
 
-    def __init__(self, call: Callable[[Mapping[str, Any]], Any], arguments: Mapping[str, Any]) -> None:
+    def __init__(
+        self, call: Callable[[Mapping[str, Any]], Any], arguments: Mapping[str, Any], turns: dict[Any, Any]
+    ) -> None:
         self.inputs = {name: x.clone() for name, x in arguments.items() if isinstance(x, Tensor)}
         given = {**arguments, **self.inputs}
         self.device = next(iter(self.inputs.values())).device
         for _ in range(WARM_UP):
             call(given)
-        self._replay, (self.tensors, self.more) = record_cuda(lambda: call(given), self.device)
-        self.done = torch.cuda.Event()
-        self.done.record(torch.cuda.current_stream(self.device))
+        if self.device not in turns:
+            turns[self.device] = torch.cuda.Stream(self.device), torch.cuda.Event()
+        side, self.done = turns[self.device]
+        self._replay, (self.tensors, self.more) = record_cuda(lambda: call(given), self.device, side)
 
     def replay(self, arguments: Mapping[str, Any]) -> tuple[list[Tensor | None], Any]:
         stream = torch.cuda.current_stream(self.device)
-        stream.wait_event(self.done)  # another thread's stream may still read the last result
+        stream.wait_event(self.done)  # what another thread's stream began: they share memory
         for name, x in self.inputs.items():
             x.copy_(arguments[name], non_blocking=True)
         self._replay()
@@ -53,6 +56,7 @@ class Graphs:
         self.tower = tower
         self._lock = threading.Lock()
         self._known: OrderedDict[Hashable, _Graph | None] = OrderedDict()
+        self._turns: dict[Any, Any] = {}  # by device: the stream that graphs are recorded on, and the end of the last
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Graphs:
         from copy import deepcopy
@@ -89,7 +93,7 @@ class Graphs:
 
     def _captured(self, call: Callable[[Mapping[str, Any]], Any], arguments: Mapping[str, Any]) -> _Graph | None:
         try:
-            return _Graph(call, arguments)
+            return _Graph(call, arguments, self._turns)
         except RuntimeError as error:  # what CUDA refuses to capture, as offloaded weights
             _LOG.warning("cuda_graph: this tower cannot be captured, it runs eagerly: %s", str(error).splitlines()[0])
             return None

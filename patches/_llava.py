@@ -74,6 +74,7 @@ class LlavaFamily(FrameFamily):
             blocks=layers[: last + 1],
             videos=[(t, rows) for t in frames],
             output=core.vision_tower,
+            states=[state % (len(layers) + 1) for state in states],
             fixed=fixed,
             names=("layer_norm2", "mlp", "self_attn", "k_proj"),
         )

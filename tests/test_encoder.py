@@ -12,6 +12,8 @@ from towers import encoded, frames_by_hand, tokens_by_hand, tower_of
 from toys import FAMILIES, SOME, TOYS, build, make_model, make_video, prompt
 
 import holimerge
+from holimerge.encoder.frame_run import FrameRun
+from holimerge.encoder.token_run import TokenRun
 
 ENCODING = [name for name in FAMILIES if not TOYS[name].as_images]
 WHOLE = ["llava_onevision", "llava_next_video", "qwen2_vl", "qwen3_vl", "glm4v"]  # towers without windows
@@ -306,3 +308,19 @@ def test_blocks_get_rows_side_by_side_though_the_stock_embedding_transposes_them
     patch(model, config(None))
     logits(model, x)
     assert seen == [False, True]
+
+
+@pytest.mark.parametrize("kind", ["frames", "tokens"])
+def test_only_the_hidden_states_that_are_read_get_their_rows_back(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = make("llava_onevision"), two_videos("llava_onevision")
+    ours, _ = encoded(model, x, KINDS[kind])
+    restored = {"frames": FrameRun, "tokens": TokenRun}[kind].restored
+    seen: list[int] = []
+    monkeypatch.setattr(
+        {"frames": FrameRun, "tokens": TokenRun}[kind],
+        "restored",
+        lambda self, hidden, block: (seen.append(block), restored(self, hidden, block))[1],
+    )
+    again, _ = encoded(model, x, KINDS[kind])
+    assert seen == [2]  # what the last of three blocks returned
+    assert_same(again, ours, 0.0)

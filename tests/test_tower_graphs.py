@@ -28,7 +28,7 @@ class StandIn:
 
     made: ClassVar[list[StandIn]] = []
 
-    def __init__(self, call: Any, arguments: Mapping[str, Any]) -> None:
+    def __init__(self, call: Any, arguments: Mapping[str, Any], turns: Any) -> None:
         self.call, self.arguments = call, arguments
         _, self.more = call(arguments)
         self.replays = 0

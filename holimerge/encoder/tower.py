@@ -26,6 +26,7 @@ class Tower:
     output: the module that returns every hidden state, where frames are the batch of the hidden states, [F, P, C]; None
         where all rows are one sequence [S, C], called with `cu_seqlens` and `position_embeddings`, and no attention
         leaves a frame.
+    states: which of those hidden states are read (0 is what enters the first block).
     readers: modules that read hidden states between the blocks of a sequence (deepstack).
     unit: consecutive rows that stay together.
     fixed: leading rows of a frame that never merge.
@@ -37,6 +38,7 @@ class Tower:
     blocks: Sequence[Any]
     videos: list[tuple[int, int]]
     output: Any = None
+    states: Sequence[int] = ()
     readers: Sequence[Any] = ()
     unit: int = 1
     fixed: int = 0
@@ -166,11 +168,9 @@ class Run:
         return hidden
 
     def _all_states(self, output: Any) -> Any:
-        # Hidden state i + 1 is what block i returned. Those above the blocks that make the features are not read.
-        last = len(self.tower.blocks)
+        # hidden state i + 1 is what block i returned
         output.hidden_states = tuple(
-            x if x is None or not 1 <= i <= last else self.restored(x, i - 1)
-            for i, x in enumerate(output.hidden_states)
+            self.restored(x, i - 1) if i and i in self.tower.states else x for i, x in enumerate(output.hidden_states)
         )
         self.report.add(self.tower.rows, self.seen, self.frames())
         return output
