@@ -9,6 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from holimerge.registry import list_presets
+
 from .demo import FULL_RUN
 from .show import flops_text
 from .show_eval import interval_text
@@ -38,9 +40,43 @@ def results_block(folder: Path) -> str:
             parts.append(
                 f"| {size} | {ours} | {theirs} | {r['speedup']:.1f}x | {own} | {r['speedup_own_cosine']:.1f}x |"
             )
+    on_gpu = [r for r in found if r.get("kind") == "model" and r["conditions"]["device_type"] == "cuda"]
+    for r in on_gpu:
+        parts += ["", *_first_token(r)]
+    notes = dict.fromkeys(r["note"] for r in on_gpu if "note" in r)
+    parts += ["", *notes] if notes else []
     if FULL_RUN.is_file():
         parts += ["", *_evaluation(json.loads(FULL_RUN.read_text(encoding="utf-8")))]
     return "\n".join([*parts, END])
+
+
+def _first_token(result: dict[str, Any]) -> list[str]:
+    """Time to first token by stage, unpatched and under the presets."""
+    about = result["conditions"]
+    lines = [
+        f"First token, {result['shape']} with {result['weights']} weights, {result['prompt']['frames']} frames, "
+        f"{about['device']}, {about['dtype']}, {about['attn']}, ms, median of {about['repeats']} runs; commit "
+        f"{about['commit'][:7]}{'-dirty' if about['commit'].endswith('dirty') else ''}:",
+        "",
+        "| | video tokens | vision | reduce | project, splice | prefill | other | first token | faster |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, case in result["cases"].items():
+        if name != "unpatched" and name not in list_presets():
+            continue
+        stages = {stage: value["median"] for stage, value in case["ms"]["stages"].items()}
+        ratio = result["gains"][name]["ttft_ratio"] if name in result["gains"] else 1.0
+        numbers = (
+            stages["vision"],
+            stages.get("reduce", 0.0),
+            stages.get("project", 0.0) + stages.get("splice", 0.0),
+            stages["prefill"],
+            case["ms"]["other"]["median"],
+            case["ms"]["ttft"]["median"],
+        )
+        cells = " | ".join(f"{ms:.1f}" for ms in numbers)
+        lines.append(f"| {name} | {case['tokens']['entering']} | {cells} | {ratio:.2f}x |")
+    return lines
 
 
 def ratios_block(folder: Path) -> str:

@@ -39,7 +39,7 @@ class FrameFamily(Family):
     def transposed(self, core: Any, arguments: dict[str, Any]) -> Any:
         """The tower's first block, where the patch embedding hands it a transposed tensor; None where it does not.
 
-        Sums keep that order of memory, so that all blocks would work across it: on a GPU a third of the tower's time.
+        Sums keep that order of memory, so that every block would work across it.
         """
         return None
 
