@@ -40,11 +40,6 @@ def results_block(folder: Path) -> str:
             parts.append(
                 f"| {size} | {ours} | {theirs} | {r['speedup']:.1f}x | {own} | {r['speedup_own_cosine']:.1f}x |"
             )
-    on_gpu = [r for r in found if r.get("kind") == "model" and r["conditions"]["device_type"] == "cuda"]
-    for r in on_gpu:
-        parts += ["", *_first_token(r)]
-    notes = dict.fromkeys(r["note"] for r in on_gpu if "note" in r)
-    parts += ["", *notes] if notes else []
     if FULL_RUN.is_file():
         parts += ["", *_evaluation(json.loads(FULL_RUN.read_text(encoding="utf-8")))]
     return "\n".join([*parts, END])
@@ -80,10 +75,16 @@ def _first_token(result: dict[str, Any]) -> list[str]:
 
 
 def ratios_block(folder: Path) -> str:
-    """Markdown for the ratios of every result in `folder`."""
-    parts = [BEGIN, "| result | ratio | | machine |", "|---|---|---|---|"]
-    for path in sorted(folder.glob("*.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
+    """Markdown for the first token on a GPU, and for the ratios of every result in `folder`."""
+    found = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+    on_gpu = [r for r in found.values() if r.get("kind") == "model" and r["conditions"]["device_type"] == "cuda"]
+    parts = [BEGIN]
+    for result in on_gpu:
+        parts += [*_first_token(result), ""]
+    for note in dict.fromkeys(r["note"] for r in on_gpu if "note" in r):
+        parts += [note, ""]
+    parts += ["| result | ratio | | machine |", "|---|---|---|---|"]
+    for path, result in found.items():
         for name, value in (result.get("ratios") or {}).items():
             about = result["conditions"]
             where = f"{about['device']}, {about['threads']} thread{'s' if about['threads'] > 1 else ''}"
