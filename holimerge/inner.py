@@ -3,36 +3,48 @@ of the upper share by hidden state (HoliTom's inner merge; with `drop` it is Fas
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from .tokens import upload
 
-def choose_owners(hidden: Tensor, scores: Tensor, counts: Tensor, keep: Tensor, most: int) -> Tensor:
+
+def choose_owners(hidden: Tensor, scores: Tensor, counts: Sequence[int], keep: Sequence[int]) -> Tensor:
     """Which kept video token each video token belongs to.
 
     Args:
         hidden: [B, V, D], the rows' video tokens in sequence order, padding behind.
         scores: [B, V] float32, attention the query paid to them.
-        counts: [B] int64, video tokens in each row.
-        keep: [B] int64, how many of them stay.
-        most: the largest of `keep`, as a Python number (so that no device has to be asked).
+        counts: B numbers, video tokens in each row.
+        keep: B numbers, how many of them stay. Both are the host's, so that no device has to be asked.
 
     Returns:
         [B, V] int64: a kept token names itself; another the kept token of highest cosine. Ties to the lower index.
         Padding names itself.
     """
-    width = hidden.shape[1]
+    width, most = hidden.shape[1], max(keep)
     index = torch.arange(width, device=hidden.device)
-    real = index < counts[:, None]
-    order = scores.masked_fill(~real, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    kept = order.argsort(dim=1) < keep[:, None]
+    padded, alike = min(counts) < width, min(keep) == most
+    real = index < upload(counts, hidden.device)[:, None] if padded else None
+    if real is not None:
+        scores = scores.masked_fill(~real, -torch.inf)
+    best = scores.argsort(dim=1, descending=True, stable=True)[:, :most]
+    kept = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
     unit = torch.nn.functional.normalize(hidden.to(torch.promote_types(hidden.dtype, torch.float32)), dim=-1)
     # kept tokens first, in sequence order, so that the similarity is [V, kept] and ties fall to the lower index
-    front = (~kept).long().argsort(dim=1, stable=True)[:, :most]
-    chosen = unit.gather(1, front[..., None].expand(-1, -1, unit.shape[-1]))
-    similarity = (unit @ chosen.mT).masked_fill(~kept.gather(1, front)[:, None, :], -torch.inf)
+    if alike:
+        kept.scatter_(1, best, True)
+        front = best.sort(dim=1).values
+    else:
+        kept.scatter_(1, best, (index[:most] < upload(keep, hidden.device)[:, None]))
+        front = (~kept).long().argsort(dim=1, stable=True)[:, :most]
+    similarity = unit @ unit.gather(1, front[..., None].expand(-1, -1, unit.shape[-1])).mT
+    if not alike:
+        similarity = similarity.masked_fill(~kept.gather(1, front)[:, None, :], -torch.inf)
     owner = front.gather(1, similarity.argmax(-1))
-    return torch.where(kept | ~real, index, owner)
+    return torch.where(kept if real is None else kept | ~real, index, owner)
 
 
 def merge_owned(hidden: Tensor, sizes: Tensor, owner: Tensor, mode: str) -> Tensor:
@@ -51,34 +63,30 @@ def merge_owned(hidden: Tensor, sizes: Tensor, owner: Tensor, mode: str) -> Tens
     if mode == "drop":
         return hidden
     batch, width, depth = hidden.shape
-    index = torch.arange(width, device=hidden.device)
-    kept = owner == index
-    # rows of one owner side by side: the owner first, then the others in sequence order
-    key = (owner * 2 + (~kept).long()) * width + index
-    order = key.argsort(dim=1)
-    group = owner.gather(1, order)
-    members = torch.zeros_like(owner).scatter_add_(1, owner, torch.ones_like(owner))
-    start = (members.cumsum(1) - members).gather(1, group)
-    place = index - start
-    total = members.gather(1, group)
+    kept = owner == torch.arange(width, device=hidden.device)
     dtype = torch.promote_types(hidden.dtype, torch.float32)
+    members = torch.zeros_like(owner).scatter_add_(1, owner, torch.ones_like(owner))
+    # rows of one owner side by side, in sequence order
+    order = (owner if mode == "mean" else owner * 2 + ~kept).argsort(dim=1, stable=True)
+    group = owner.gather(1, order)
     if mode == "mean":
-        weight = sizes.to(dtype).gather(1, order)
-        mass = torch.zeros(batch, width, dtype=dtype, device=hidden.device).scatter_add_(1, owner, sizes.to(dtype))
-        weight = weight / mass.gather(1, group)
-    else:
+        sizes = sizes.to(dtype)
+        mass = torch.zeros_like(sizes).scatter_add_(1, owner, sizes)
+        weight = sizes.gather(1, order) / mass.gather(1, group)
+    else:  # the owner stands first
+        place = torch.arange(width, device=hidden.device) - (members.cumsum(1) - members).gather(1, group)
         # unrolled running average of an owner and m others: 2^-m for the owner, 2^-(m - i + 1) for the i-th other
-        weight = torch.exp2(-(total - 1 - (place - 1).clamp_min(0)).to(dtype))
-    flat = hidden.reshape(batch * width, depth)
-    rows = (order + torch.arange(batch, device=hidden.device)[:, None] * width).flatten()
+        weight = torch.exp2(-(members.gather(1, group) - 1 - (place - 1).clamp_min(0)).to(dtype))
+    rows = order
+    if batch > 1:
+        rows = order + torch.arange(batch, device=hidden.device)[:, None] * width
     bags = members.flatten()
     merged = torch.nn.functional.embedding_bag(
-        torch.arange(rows.shape[0], device=hidden.device),
-        flat[rows].to(dtype),
+        torch.arange(batch * width, device=hidden.device),
+        hidden.reshape(batch * width, depth)[rows.flatten()].to(dtype),
         bags.cumsum(0) - bags,  # an empty bag, of a token that was merged away, sums to zero
         mode="sum",
         per_sample_weights=weight.flatten(),
     )
-    alone = (members == 1)[..., None]
-    merged = merged.view(batch, width, depth).to(hidden.dtype)
-    return torch.where(kept[..., None] & ~alone, merged, hidden)
+    # what is alone keeps its bits: its weight is 1
+    return torch.where(kept[..., None], merged.view(batch, width, depth).to(hidden.dtype), hidden)

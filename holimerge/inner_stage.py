@@ -21,6 +21,7 @@ from .splice import extended, joined, right_aligned
 if TYPE_CHECKING:
     from .call import Call
     from .handle import Handle
+    from .splice import Packing
 
 
 @dataclass
@@ -210,8 +211,14 @@ class InnerStage:
     def _rank(self, call: Call, attention: Any, args: Any, kwargs: dict[str, Any]) -> None:
         assert call.inner is not None
         assert call.packing is not None
-        run, packing = call.inner, call.packing
+        assert call.report is not None
         hidden = args[0] if args else kwargs["hidden_states"]
+        with call.report.clock.stage("inner", hidden.device):
+            call.inner.scores = self._scores(call.inner, call.packing, attention, hidden, kwargs)
+
+    def _scores(
+        self, run: InnerRun, packing: Packing, attention: Any, hidden: Tensor, kwargs: dict[str, Any]
+    ) -> Tensor:
         batch, width, depth = hidden.shape
         query, real = run.query.to(hidden.device), packing.real.to(hidden.device)
         cos, sin = (_for_rows(x, batch) for x in kwargs["position_embeddings"])
@@ -230,7 +237,7 @@ class InnerStage:
         column = torch.arange(held + width, device=hidden.device)
         allowed = joined(packing.prior, real, held) & (column <= held + here)
         with torch.autocast(hidden.device.type, enabled=False):
-            run.scores = query_attention(q, keys, allowed, attention.scaling)[:, held:]
+            return query_attention(q, keys, allowed, attention.scaling)[:, held:]
 
     def _enter_layer(self, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         call = self.handle.current()
@@ -301,13 +308,7 @@ class InnerStage:
         assert run.scores is not None
         where = _columns(packing.video.to(device), most)
         states = hidden.detach().gather(1, where[..., None].expand(-1, -1, hidden.shape[-1]))
-        return choose_owners(
-            states,
-            run.scores.gather(1, where),
-            torch.tensor(packing.counts, device=device),
-            torch.tensor(keep, device=device),
-            max(keep),
-        )
+        return choose_owners(states, run.scores.gather(1, where), packing.counts, keep)
 
     def _merge(self, call: Call, hidden: Tensor, owners: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
         packing, run = call.packing, call.inner
@@ -331,9 +332,9 @@ class InnerStage:
             states = merge_owned(states, sizes, owners, self.options.merge)
             # rows of padding in `where` are written back as they were
             hidden = hidden.scatter(1, where[..., None].expand(-1, -1, depth), states)
-            leaving = (owners != position) & (position < torch.tensor(counts, device=device)[:, None])
-            gone = torch.zeros_like(packing.real, device=device).scatter(1, where, leaving)
-            keep = packing.real.to(device) & ~gone
+            # what the rest of `where` names, padding and text, owns itself and stays as it was
+            keep = packing.real.to(device)
+            keep = keep.scatter(1, where, keep.gather(1, where) & (owners == position))
             if self.handle.replay is None:
                 lengths = [n - (v - self.options.keep(v)) for n, v in zip(packing.lengths, counts, strict=True)]
             else:

@@ -22,12 +22,12 @@ def test_inner_merge_agrees_with_the_oracle(merge, seed):
     hidden = rng.integers(-1, 2, (rows, width, depth)).astype(float) if ties else rng.normal(size=(rows, width, depth))
     scores = rng.integers(0, 3, (rows, width)).astype(float) if ties else rng.random((rows, width))
     sizes = rng.integers(1, 9, (rows, width)).astype(float)
-    counts = rng.integers(0, width + 1, rows)
+    counts = rng.integers(0, width + 1, rows) if seed % 4 else np.full(rows, width)
+    if not counts.any():
+        counts[0] = 1  # a batch without a video merges nothing
     options = Inner(layer=2, retain=float(rng.choice([0.05, 0.3, 0.5, 0.9, 1.0])), merge=merge)
     keep = [options.keep(int(n)) for n in counts]
-    owner = choose_owners(
-        torch.tensor(hidden), torch.tensor(scores), torch.tensor(counts), torch.tensor(keep), max(1, *keep)
-    )
+    owner = choose_owners(torch.tensor(hidden), torch.tensor(scores), counts.tolist(), keep)
     merged = merge_owned(torch.tensor(hidden), torch.tensor(sizes), owner, merge)
     for row in range(rows):
         n = int(counts[row])
