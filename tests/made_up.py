@@ -50,7 +50,7 @@ def h200() -> Device:
         return monotone([(n, flops * n * n / 0.35e12) for n in sizes if n < 2**15])
 
     moves = {"add": 6, "copy": 4, "transpose": 4, "rmsnorm": 34, "layernorm": 4, "gelu": 4, "silu_mul": 10}
-    moves |= {"rotary": 22, "rotary_fused": 50, "pool": 4.2e9 * 5.32e-7}
+    moves |= {"rotary": 22, "rotary_fused": 50, "pool": 4.2e9 * 5.32e-7, "layernorm_across": 28, "add_across": 15}
     # a kernel of few heads runs on a part of the device
     call = monotone([(n, max(8e-3, n * n * 4e-9)) for n in sizes if n < 2**15])
     attention = {f"{kind}-{w}": attended(w, kind == "causal") for kind in ("causal", "full") for w in (72, 80, 128)}
@@ -66,7 +66,6 @@ def h200() -> Device:
         ),
         attention={**attention, **{f"{name}-call": call for name in attention}},
         elementwise={name: moved(moves[name]) for name in OPERATIONS},
-        overhead={"convolution_2": 150.0},  # what nothing else explains of the tower's first milliseconds
         received=monotone([(n, 12 * n * n / bytes_a_ms) for n in (64.0, 729.0)]),
         reduction={"holitom": (2.0, 0.02, 0.0, 2e-8)},
         host={

@@ -88,7 +88,8 @@ def test_a_host_that_waits_has_no_head_start():
 def test_the_towers_blocks_take_what_an_h200_took():
     from holimerge.planning.predict import _blocks, _host
 
-    shape, here, scheme = SHAPES["llava-onevision-7b"].model(), h200(), Scheme(None)
+    # rows side by side, as a patched model has them
+    shape, here, scheme = SHAPES["llava-onevision-7b"].model(), h200(), Scheme("holitom")
     host = _host(shape, here, scheme)
     measured = {(32, 729): 45.6, (16, 729): 23.4, (8, 729): 11.8, (32, 368): 22.2, (32, 184): 11.1, (1, 729): 9.4}
     for (frames, patches), ms in measured.items():
@@ -271,7 +272,8 @@ def test_a_models_own_sizes_are_measured_and_kept(name, monkeypatch):
     assert {f"causal-{text.head_dim}", f"full-{v.width // v.heads}-call"} <= set(found.attention)
     stock, patched = found.host[f"{shape.model_type}, stock"], found.host[f"{shape.model_type}, patched"]
     for flow in (stock, patched):
-        assert min(flow[stage] for stage in ("tower_layer", "decoder_layer", "other")) > 0
+        # of models of a few layers each, on a machine that may be busy: a difference can be nothing
+        assert min(flow[stage] for stage in ("tower_layer", "decoder_layer", "other")) >= 0
     assert min(patched[stage] for stage in ("project", "splice", "inner", "reduce")) > 0
     assert (stock["attention_call"] > 0) is (v.side is None)
     assert (patched["merging"] > 0) is not bool(v.window)

@@ -29,6 +29,7 @@ OPERATIONS = (
     *("add", "copy", "transpose", "rmsnorm", "layernorm", "gelu", "silu_mul", "rotary"),
     "rotary_fused",  # on queries that lie between keys and values
     "pool",
+    *("layernorm_across", "add_across"),  # on rows that lie transposed in memory
 )
 
 Points = tuple[tuple[float, float], ...]

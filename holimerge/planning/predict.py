@@ -173,13 +173,15 @@ def projector_products(vision: VisionShape) -> list[tuple[int, int]]:
     return [(wide, hidden), (hidden, out)]
 
 
-def tower_layer(device: Device, shape: ModelShape, patches: int) -> float:
-    """One block of the vision tower over `patches` rows, without its attention."""
+def tower_layer(device: Device, shape: ModelShape, patches: int, *, across: bool = False) -> float:
+    """One block of the vision tower over `patches` rows, without its attention. across: they lie transposed."""
     v = shape.vision
     n, d, m = patches, v.width, v.mlp
-    norm = "rmsnorm" if shape.model_type in _RMS else "layernorm"
+    norm, add = "rmsnorm" if shape.model_type in _RMS else "layernorm", "add"
+    if across:
+        norm, add = "layernorm_across", "add_across"
     ms = sum(device.matmul_ms(n, a, b) for a, b in tower_products(shape))
-    ms += 2 * device.elementwise_ms(norm, n * d) + 2 * device.elementwise_ms("add", n * d)
+    ms += 2 * device.elementwise_ms(norm, n * d) + 2 * device.elementwise_ms(add, n * d)
     ms += device.elementwise_ms("silu_mul" if v.gated else "gelu", n * m)
     if not device.apart:  # a GPU's kernels read and write heads where they lie
         ms += 2 * device.elementwise_ms("transpose", n * d)
@@ -227,7 +229,9 @@ def _blocks(
     single = v.side is None and not batched  # one call a span
     # such towers ask the device for the spans' lengths and go through them one by one
     looped = device.apart and single and not device.conditions.attention.startswith("flash")
-    plain = tower_layer(device, shape, rows)
+    # SigLIP's patch embedding hands its rows over transposed, and stock blocks work across them; a CPU hardly minds
+    across = device.apart and scheme.method is None and v.pooled is not None
+    plain = tower_layer(device, shape, rows, across=across)
     for count, spans in _kinds_of_blocks(shape, cells, steps):
         attention, calls = 0.0, 0
         for length, many in spans:

@@ -201,6 +201,7 @@ def elementwise(watch: Watch, make: Make, sizes: Sizes, width: int = 512, head: 
         heads = x.view(1, rows, width // head, head).transpose(1, 2)
         fused = make(rows, 3, width // head, head)[:, 0]
         cos, sin = make(1, 1, rows, head), make(1, 1, rows, head)
+        across = make(width, rows).T
         calls: dict[str, Callable[[], Any]] = {
             "add": partial(torch.add, x, y),
             "copy": x.clone,
@@ -211,6 +212,8 @@ def elementwise(watch: Watch, make: Make, sizes: Sizes, width: int = 512, head: 
             "rotary": partial(rotate, heads, cos, sin),
             "rotary_fused": partial(_rotate_wide, fused, cos[0, 0, :, None], sin[0, 0, :, None]),
             "transpose": partial(heads.clone, memory_format=torch.contiguous_format),
+            "layernorm_across": partial(functional.layer_norm, across, (width,), weight, bias),
+            "add_across": partial(torch.add, across, y),
         }
         for name, call in calls.items():
             if longest.get(name, 0.0) * 2 < TOO_LONG_MS / 4:
