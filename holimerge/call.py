@@ -140,7 +140,9 @@ class Call:
     def roomy(self) -> bool:
         """Whether its static cache may be made as small as the prompt gets."""
         prompt = self.prompt
-        return prompt is not None and prompt.made_here and (prompt.uncompiled or STEPS.get() is not None)
+        steps = STEPS.get()
+        recorded = steps is not None and steps.model is self.handle.model
+        return prompt is not None and prompt.made_here and (prompt.uncompiled or recorded)
 
     @property
     def decoding(self) -> bool:

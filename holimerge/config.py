@@ -158,8 +158,8 @@ class Config(Section):
         stock on a CPU, where batched saves little and is equal to the unpatched model only up to rounding.
     treat_images_as_video: the images of a prompt (two or more, of one size) are the frames of a video.
     cuda_graph: on a GPU, calls of LLaVA's vision towers are captured once for each shape of their input and replayed,
-        so that the host no longer launches every kernel; the memory of a call stays taken. Without a GPU, and in towers
-        that wait for the device at each call, it changes nothing.
+        so that the host no longer launches every kernel; the memory of a call stays taken. Without a GPU, in towers
+        that wait for the device at each call, and where gradients are on, it changes nothing.
     more_frames: how many times as many frames as asked for are read (by `holimerge ask`, `eval` and `bench`): what the
         reduction saves is spent on seeing more. A patched model itself takes the frames that it is given.
     """

@@ -9,7 +9,10 @@ that is recorded instead, which takes as long as one step and not minutes. A gra
 from __future__ import annotations
 
 import contextlib
+import copy
+import logging
 from collections.abc import Callable, Iterator, Mapping
+from threading import get_ident
 from typing import Any, TypeVar
 
 import torch
@@ -18,8 +21,9 @@ from transformers.cache_utils import StaticLayer
 
 from .api import _inner_model
 from .call import STEPS, Wrapped
-from .recording import Recorder, record_cuda
+from .recording import Recorder, record_cuda, watched
 
+_LOG = logging.getLogger("holimerge")
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
@@ -87,27 +91,50 @@ def _map(change: Callable[[Tensor], Any], value: Any) -> Any:
     return tuple(_map(change, x) for x in value) if type(value) is tuple else value
 
 
-def _fill(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    """Write the tensors of `new` into those of `old`."""
-    for name, value in new.items():
-        if isinstance(value, Tensor):
-            old[name].copy_(value)
-        elif type(value) is dict:
+def _fill(old: Any, new: Any) -> None:
+    """Write the tensors of `new` into those of `old`, in dicts and tuples too."""
+    if isinstance(new, Tensor):
+        old.copy_(new)
+    elif type(new) is dict:
+        for name, value in new.items():
             _fill(old[name], value)
+    elif type(new) is tuple:
+        for before, value in zip(old, new, strict=True):
+            _fill(before, value)
+
+
+class Block:
+    """One block of `graphed`: whether it lasts, and the thread that opened it."""
+
+    def __init__(self) -> None:
+        self.active, self.thread = True, get_ident()
 
 
 class _Graphed:
     """What stands in for three methods of a model inside a block of `graphed`."""
 
-    def __init__(self, model: Any, record: Recorder) -> None:
-        self.model, self.record, self.active = model, record, True
+    def __init__(self, model: Any, record: Recorder, block: Block) -> None:
+        self.model, self.record, self.block = model, record, block
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Graphed:
+        twin = memo[id(self)] = _Graphed(copy.deepcopy(self.model, memo), self.record, self.block)
+        return twin  # ends with the block of the original
 
     def generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if not self.active:  # a patch of the block may still lead here
+        if not self.block.active:  # a patch of the block, or a copy, may still lead here
             return original(*args, **kwargs)
         given = kwargs.get("generation_config") or self.model.generation_config
         if kwargs.get("compile_config") is not None or getattr(given, "compile_config", None) is not None:
             raise ValueError("compile_config: inside `graphed` steps are recorded, not compiled; leave one of them out")
+        chunk = kwargs.get("prefill_chunk_size") or getattr(given, "prefill_chunk_size", None)
+        if chunk == 1:
+            raise ValueError(
+                "prefill_chunk_size=1: inside `graphed` a prompt's chunks of one token look like steps of an answer; "
+                "use larger chunks"
+            )
+        if any(watched(module) for module in self.model.modules()):
+            _LOG.warning("graphed: hooks of your own watch this model, and a replayed step would not call them: eager")
+            return original(*args, **{**kwargs, "disable_compile": True})
         self.model.__dict__.pop("_previous_max_cache_length", None)  # for graphs to be used again: these are not
         token = STEPS.set(Steps(self.model, self.record))
         try:
@@ -123,6 +150,8 @@ class _Graphed:
             return bool(original(model_kwargs, *args, **kwargs))
         cache = model_kwargs.get("past_key_values")
         if not recordable(cache):
+            if get_ident() != self.block.thread:
+                return False  # another thread's call knows nothing of the block
             kinds = sorted({type(layer).__name__ for layer in getattr(cache, "layers", [])})
             raise ValueError(
                 f"graphed: a {type(cache).__name__} ({', '.join(kinds) or 'empty'}) does not stay in place; pass "
@@ -138,7 +167,8 @@ def graphed(model: ModelT, *, record: Recorder | None = None) -> Iterator[ModelT
         with holimerge.graphed(model):
             model.generate(**inputs, cache_implementation="static", max_new_tokens=256)
 
-    Answers are those of the same call outside. Beams and assistants run as they do outside. A static cache takes the
+    Answers are those of the same call outside. Beams and assistants run as they do outside, and so does a model that
+    hooks of your own watch, since a replayed step calls none. A static cache takes the
     memory of the whole answer from the start, but not that of what a patched model left out.
 
     Args:
@@ -147,7 +177,7 @@ def graphed(model: ModelT, *, record: Recorder | None = None) -> Iterator[ModelT
 
     Raises:
         ValueError: the model is not on one CUDA device; in `generate`: a cache that does not stay in place (dynamic,
-            sliding windows, linear layers), or a `compile_config`.
+            sliding windows, linear layers), a `compile_config`, or chunks of one token.
         RuntimeError: in `generate`: a step does what no graph can hold.
     """
     inner: Any = _inner_model(model)
@@ -155,7 +185,7 @@ def graphed(model: ModelT, *, record: Recorder | None = None) -> Iterator[ModelT
     if record is None and (len(devices) != 1 or next(iter(devices)).type != "cuda"):
         where = ", ".join(sorted(map(str, devices)))
         raise ValueError(f"graphed: CUDA graphs need a model on one CUDA device; this one is on {where}")
-    graph = _Graphed(inner, record or record_cuda)
+    graph = _Graphed(inner, record or record_cuda, Block())
     runs = {"generate": graph.generate, "get_compiled_call": graph.step, "_valid_auto_compile_criteria": graph.asked}
     before = {name: inner.__dict__[name] for name in runs if name in inner.__dict__}
     ours = {name: Wrapped(getattr(inner, name), run) for name, run in runs.items()}
@@ -163,7 +193,7 @@ def graphed(model: ModelT, *, record: Recorder | None = None) -> Iterator[ModelT
     try:
         yield model
     finally:
-        graph.active = False
+        graph.block.active = False
         for name, function in ours.items():
             if inner.__dict__.get(name) is function:
                 del inner.__dict__[name]

@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from functools import cache
-from threading import Lock, get_ident
+from threading import Lock, local
 from typing import Any
 
 import torch
+from torch import nn
 
 Recorder = Callable[[Callable[[], Any], torch.device], tuple[Callable[[], None], Any]]
-
-
 _RECORDING = Lock()
+_STREAMS = local()
+_QUIET = ("transformers.", "holimerge.", "accelerate.")  # whose hooks do the same each time
 
 
-@cache
-def _stream(device: torch.device, thread: int) -> torch.cuda.Stream:
-    """Where a thread records: cuBLAS keeps a workspace for each stream, which graphs recorded there share, so that they
-    must not run at the same time."""
-    return torch.cuda.Stream(device)
+def watched(module: nn.Module) -> bool:
+    """Whether a hook of somebody's own is on a module: nothing calls it when a graph is replayed."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return any(not (getattr(hook, "__module__", None) or "").startswith(_QUIET) for hook in hooks)
+
+
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """Where this thread records: cuBLAS keeps a workspace for each stream, which graphs recorded there share, so that
+    they should not run at the same time. (torch's streams come from a ring of 32.)"""
+    if not hasattr(_STREAMS, "by_device"):
+        _STREAMS.by_device = {}
+    found: torch.cuda.Stream = _STREAMS.by_device.setdefault(device, None) or torch.cuda.Stream(device)
+    _STREAMS.by_device[device] = found
+    return found
 
 
 def record_cuda(
@@ -35,7 +44,7 @@ def record_cuda(
     Returns:
         a function that does it all, and what `run` returned, whose tensors that function fills.
     """
-    stream = stream or _stream(device, get_ident())
+    stream = stream or _stream(device)
     graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
     # not `torch.cuda.graph`: it gives the allocator's memory back, which the next prompt would have to ask for again
     with _RECORDING, torch.cuda.device(device), torch.cuda.stream(stream):

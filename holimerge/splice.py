@@ -82,11 +82,11 @@ class Continuation:
         return extended(before, held + self.length, self.new)
 
     def mask(self, known: Tensor, cache: Cache, layer: int = 0) -> Tensor:
-        """[B, C] bool: the same for one layer, as wide as its masks.
+        """[B, C] bool: the same for one layer, up to the last column that its masks look at.
 
         What a static layer has not used yet counts as tokens: it comes after every query.
         """
-        width = int(cache.get_mask_sizes(self.length, layer)[0])
+        width = int(sum(cache.get_mask_sizes(self.length, layer)))  # a window's masks begin at an offset
         if self.new is not None or self.later is not None:
             known = self.known(known, held_length(cache, layer))
         return extended(known, width)

@@ -6,7 +6,6 @@ order are those of the eager call, so that the result is the same.
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
@@ -15,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .recording import record_cuda
+from .recording import record_cuda, watched
 
-_LOG = logging.getLogger("holimerge")
 WARM_UP = 2  # eager calls before a capture: kernels are chosen and workspaces made in them
 MOST = 4  # graphs kept; each holds the memory of one call
 
@@ -31,8 +29,6 @@ class _Graph:
         self.inputs = {name: x.clone() for name, x in arguments.items() if isinstance(x, Tensor)}
         given = {**arguments, **self.inputs}
         self.device = next(iter(self.inputs.values())).device
-        for _ in range(WARM_UP):
-            call(given)
         if self.device not in turns:
             turns[self.device] = torch.cuda.Stream(self.device), torch.cuda.Event()
         side, self.done = turns[self.device]
@@ -55,7 +51,7 @@ class Graphs:
     def __init__(self, tower: nn.Module) -> None:
         self.tower = tower
         self._lock = threading.Lock()
-        self._known: OrderedDict[Hashable, _Graph | None] = OrderedDict()
+        self._known: OrderedDict[Hashable, _Graph] = OrderedDict()
         self._turns: dict[Any, Any] = {}  # by device: the stream that graphs are recorded on, and the end of the last
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Graphs:
@@ -64,7 +60,10 @@ class Graphs:
         return Graphs(deepcopy(self.tower, memo))  # graphs name the memory of this one
 
     def run(
-        self, call: Callable[[Mapping[str, Any]], tuple[list[Tensor | None], Any]], arguments: Mapping[str, Any]
+        self,
+        call: Callable[[Mapping[str, Any]], tuple[list[Tensor | None], Any]],
+        arguments: Mapping[str, Any],
+        also: Hashable = None,
     ) -> tuple[list[Tensor | None], Any]:
         """`call(arguments)`, replayed where it can be.
 
@@ -72,59 +71,70 @@ class Graphs:
             call: gives tensors that depend on `arguments` and the tower's weights alone, and something that depends on
                 the shapes alone; it must not wait for the device.
             arguments: by name; the tensors among them may have other values next time.
+            also: what else decides the kernels or that something.
 
         Returns:
             what `call` gives; tensors of its own.
+
+        Raises:
+            RuntimeError: CUDA cannot capture this call.
         """
         first = next((x for x in arguments.values() if isinstance(x, Tensor)), None)
         if first is None or not _on_gpu(first) or torch.is_grad_enabled():
             return call(arguments)
         with self._lock:
-            key = self._key(arguments)
+            key = self._key(arguments, also)
             if key is None:
                 return call(arguments)
             if key not in self._known:
+                for _ in range(WARM_UP):
+                    call(arguments)
+                while len(self._known) >= MOST:
+                    _, oldest = self._known.popitem(last=False)
+                    oldest.done.synchronize()  # its memory is free only when no stream uses it any more
                 self._known[key] = self._captured(call, arguments)
-                while len(self._known) > MOST:
-                    self._known.popitem(last=False)
             self._known.move_to_end(key)
-            graph = self._known[key]
-            return call(arguments) if graph is None else graph.replay(arguments)
+            return self._known[key].replay(arguments)
 
-    def _captured(self, call: Callable[[Mapping[str, Any]], Any], arguments: Mapping[str, Any]) -> _Graph | None:
+    def _captured(self, call: Callable[[Mapping[str, Any]], Any], arguments: Mapping[str, Any]) -> _Graph:
         try:
             return _Graph(call, arguments, self._turns)
-        except RuntimeError as error:  # what CUDA refuses to capture, as offloaded weights
-            _LOG.warning("cuda_graph: this tower cannot be captured, it runs eagerly: %s", str(error).splitlines()[0])
-            return None
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"cuda_graph: this vision tower cannot be captured ({str(error).splitlines()[0]}); leave cuda_graph "
+                "out of the configuration"
+            ) from error
 
-    def _key(self, arguments: Mapping[str, Any]) -> Hashable | None:
+    def _key(self, arguments: Mapping[str, Any], also: Hashable) -> Hashable | None:
         """Everything on which the kernels depend: shapes, plain arguments, where the weights lie, modes.
 
-        None where a call does more than launch kernels: hooks of others, weights that move, compiled modules.
+        None where a call does more than launch the same kernels: hooks of others, weights that move, adapters that are
+        switched, compiled modules, autocast (which casts weights once and forgets them).
         """
-        weights: list[int] = []
+        if torch.is_autocast_enabled("cuda"):
+            return None
+        places: list[int] = []
         left: list[nn.Module] = [self.tower]
         while left:  # several times faster than `parameters()`, at every prompt
             module = left.pop()
-            hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-            if any(not getattr(hook, "__module__", "").startswith(("transformers.", "holimerge.")) for hook in hooks):
+            own = {"_hf_hook", "forward"} & module.__dict__.keys()  # accelerate's, or somebody's
+            if own or watched(module) or module._compiled_call_impl is not None:
                 return None
-            if "_hf_hook" in module.__dict__ or module._compiled_call_impl is not None:
+            if type(module).__module__.startswith("peft."):
                 return None
-            weights += [0 if p is None else p.data_ptr() for p in module._parameters.values()]
+            places.append(id(type(module)))
+            for tensors in (module._parameters, module._buffers):
+                places += [0 if x is None else x.data_ptr() for x in tensors.values()]
             left += [m for m in module._modules.values() if m is not None]
         shapes = tuple(
             (name, tuple(x.shape), x.dtype, x.device) if isinstance(x, Tensor) else (name, repr(x))
             for name, x in sorted(arguments.items())
         )
-        modes = (
-            self.tower.training,
-            torch.is_inference_mode_enabled(),
-            torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda"),
-            getattr(getattr(self.tower, "config", None), "_attn_implementation", None),
-        )
-        return shapes, tuple(weights), modes
+        attention = getattr(getattr(self.tower, "config", None), "_attn_implementation", None)
+        modes = (self.tower.training, torch.is_inference_mode_enabled(), attention)
+        return shapes, tuple(places), modes, also
 
 
 def _on_gpu(x: Tensor) -> bool:

@@ -20,6 +20,8 @@ from holimerge.tokens import VideoTokens
 
 from .base import Family
 
+_CHOICES = ("layer", "select_strategy")  # of features, where the call leaves them to the model's config
+
 
 def _stop(value: Tensor) -> None:
     raise StopForward(value)
@@ -74,8 +76,9 @@ class FrameFamily(Family):
         arguments, source = self.gated(core, arguments, request)
         hidden, scores = [], []
         call = partial(self._call, core, features, grids, request)
+        also = (tuple(grids), *(repr(getattr(core.config, f"vision_feature_{of}", None)) for of in _CHOICES))
         for part in self.calls(core, arguments, request.chunk):
-            (x, received), report = call(part) if request.graphs is None else request.graphs.run(call, part)
+            (x, received), report = call(part) if request.graphs is None else request.graphs.run(call, part, also)
             assert x is not None
             hidden.append(x)
             if received is not None:

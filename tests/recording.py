@@ -47,14 +47,21 @@ class Recording(TorchDispatchMode):
     def replay(self) -> None:
         for func, args, kwargs, out in self.done:
             aliases = [x.alias_info for x in func._schema.returns if x.alias_info is not None]
-            if any(not x.is_write for x in aliases):
-                continue  # a view
+            if any(not x.is_write for x in aliases) and _is_view(out, args):
+                continue
             again = func(*args, **kwargs)
-            if aliases:
+            if any(x.is_write for x in aliases):
                 continue  # in place
             for old, new in [(out, again)] if isinstance(out, Tensor) else zip(out, again, strict=True):
                 if isinstance(old, Tensor):
                     old.copy_(new)
+
+
+def _is_view(out: Any, args: tuple[Any, ...]) -> bool:
+    """Whether results lie in what was given: `reshape`, whole in inference mode, may copy or not."""
+    places = {x.untyped_storage().data_ptr() for x in args if isinstance(x, Tensor)}
+    outs = [out] if isinstance(out, Tensor) else out
+    return all(x.untyped_storage().data_ptr() in places for x in outs if isinstance(x, Tensor))
 
 
 def record_cpu(run: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:

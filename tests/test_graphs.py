@@ -13,9 +13,10 @@ from generating import TESTED, configured, ragged
 from patching import assert_steps_close, generate
 from recording import record_cpu
 from toys import SOME, TOYS, build, make_model, prompt
-from transformers import CompileConfig, StaticCache
+from transformers import CompileConfig, LogitsProcessorList, StaticCache
 
 import holimerge
+from holimerge import graphs
 from holimerge.graphs import graphed
 
 STATIC = {"cache_implementation": "static", "disable_compile": True}
@@ -191,6 +192,63 @@ def test_a_copy_made_in_the_block_runs_its_own_model():
         same(generate(twin, x, 4, cache_implementation="static"), before)
 
 
+def test_a_copy_made_in_the_block_ends_with_it():
+    family = SOME[0]
+    model, x = model_of(family, "outer"), prompt(family)
+    with graphed(model, record=record_cpu):
+        twin = copy.deepcopy(model)
+    assert torch.equal(generate(twin, x, 4).sequences, generate(model, x, 4).sequences)  # with a dynamic cache
+
+
+def test_hooks_of_somebodys_own_are_called_at_every_step(caplog):
+    family = SOME[0]
+    model, x = model_of(family, "outer"), prompt(family)
+    seen, record = [], Counted()
+    hook = model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    plain = generate(model, x, 5, **STATIC)
+    calls = len(seen)
+    with graphed(model, record=record), caplog.at_level("WARNING", "holimerge"):
+        same(generate(model, x, 5, cache_implementation="static"), plain)
+    assert (len(seen), record.recorded) == (2 * calls, 0)
+    assert "hooks of your own watch this model" in caplog.text
+    hook.remove()
+
+
+def test_another_threads_call_knows_nothing_of_the_block():
+    family = SOME[0]
+    model, x = model_of(family, "outer"), prompt(family)
+    plain, found = generate(model, x, 4), []
+    with graphed(model, record=record_cpu):
+        thread = threading.Thread(target=lambda: found.append(generate(model, x, 4)))  # with a dynamic cache
+        thread.start()
+        thread.join()
+    assert torch.equal(found[0].sequences, plain.sequences)
+
+
+def test_another_models_cache_keeps_its_room_while_steps_are_recorded():
+    family = SOME[0]
+    one, other, x = model_of(family, "outer"), model_of(family, "outer"), prompt(family)
+    plain = rooms(generate(other, x, 3, cache_implementation="static", disable_compile=False))
+    inside = []
+
+    def ask(ids: Any, scores: Any) -> Any:
+        inside.append(rooms(generate(other, x, 3, cache_implementation="static", disable_compile=False)))
+        return scores
+
+    with graphed(one, record=record_cpu):
+        generate(one, x, 3, cache_implementation="static", logits_processor=LogitsProcessorList([ask]))
+    assert inside == [plain] * len(inside)
+    assert inside
+
+
+def test_tensors_in_tuples_are_those_of_the_step():
+    given = [{"a": (torch.tensor([float(i)]), {"b": torch.tensor([2.0 * i])})} for i in range(3)]
+    held = graphs._map(torch.clone, given[0])
+    for value in given:
+        graphs._fill(held, value)
+        assert (held["a"][0].item(), held["a"][1]["b"].item()) == (value["a"][0].item(), value["a"][1]["b"].item())
+
+
 def test_threads_replay_their_own_steps():
     family = SOME[0]
     model = model_of(family, "inner")
@@ -221,12 +279,15 @@ def test_mistakes():
             generate(model, x, 3)
         with pytest.raises(ValueError, match="compile_config: inside `graphed` steps are recorded"):
             generate(model, x, 3, cache_implementation="static", compile_config=CompileConfig())
-        asking = model.lm_head.register_forward_hook(lambda module, args, output: print(float(output.sum())))
+        with pytest.raises(ValueError, match=r"prefill_chunk_size=1: .* use larger chunks"):
+            generate(model, x, 3, cache_implementation="static", prefill_chunk_size=1)
+        head = model.lm_head.forward
+        model.lm_head.forward = lambda hidden: head(hidden) * (1 if float(hidden.sum()) else 2)  # asks the device
         with pytest.raises(
             RuntimeError, match=r"LlavaOnevision.* cannot be recorded as a CUDA graph \(.*not permitted"
         ):
             generate(model, x, 4, cache_implementation="static")
-        asking.remove()
+        del model.lm_head.forward
         generate(model, x, 4, cache_implementation="static")
     assert model.__dict__.keys() - {"_previous_max_cache_length"} == before.keys() - {"_previous_max_cache_length"}
 

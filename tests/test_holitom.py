@@ -180,7 +180,6 @@ def test_the_device_is_asked_once(keep, exact, order):
     record = reduce(VideoTokens(x, scores), target, options)
     assert record.temporal > 40  # so that 200 tokens are more than temporal merging leaves: some are released
     assert bool(record.clustered) == (keep < 200)
-    assert bool(record.clustered) == (keep < 200)
     runs = run_lengths(pair_cosines(x)[0] > options.similarity).numpy()
     order = scores.argsort(dim=1, descending=True, stable=True).numpy()
     blind = _reduced(x.bfloat16().to("meta"), runs, order, target, options, torch.float32)

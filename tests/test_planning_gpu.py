@@ -309,3 +309,11 @@ def test_a_shape_is_measured_when_it_is_first_asked_for(monkeypatch, tmp_path):
     monkeypatch.setattr(calibrate, "_KNOWN", {})  # another process
     calibrate.calibrated(shape=two)
     assert asked == [(False, None), (True, "llava_onevision"), (True, "qwen2_5_vl")]
+
+
+def test_a_replayed_tower_costs_its_host_no_launch_of_a_block():
+    work, here = prompt_of(NAMES[0], 1), h200()
+    eager, replayed = (predict(work, here, Scheme(graphed=graphed), 100) for graphed in (False, True))
+    blocks = work.shape.vision.layers * here.host["llava_onevision, patched"]["tower_layer"]
+    assert eager["vision"] > blocks > replayed["vision"]  # one frame is less work than launching it
+    assert {**eager, "vision": 0.0} == pytest.approx({**replayed, "vision": 0.0}, abs=1.0)

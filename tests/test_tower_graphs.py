@@ -6,12 +6,15 @@ tests/test_gpu.py has the real one.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 import torch
+from recording import record_cpu
 from test_laws import handle_of, logits, preset
 from torch import nn
 from toys import build, make_model, make_video, prompt
@@ -24,20 +27,23 @@ TOKENS = {"tokens": {"layers": [1], "r": 2}}
 
 
 class StandIn:
-    """Runs the call again, but only with what its capture saw beside tensors."""
+    """Does again what tensor operations its capture wrote down; of Python nothing runs again."""
 
-    made: ClassVar[list[StandIn]] = []
+    made: ClassVar[list[Any]] = []
 
     def __init__(self, call: Any, arguments: Mapping[str, Any], turns: Any) -> None:
-        self.call, self.arguments = call, arguments
-        _, self.more = call(arguments)
-        self.replays = 0
+        self.inputs = {name: x.clone() for name, x in arguments.items() if torch.is_tensor(x)}
+        given = {**arguments, **self.inputs}
+        self._replay, (self.tensors, self.more) = record_cpu(lambda: call(given), torch.device("cpu"))
+        self.replays, self.done = 0, SimpleNamespace(synchronize=lambda: None)
         self.made.append(self)
 
     def replay(self, arguments: Mapping[str, Any]) -> Any:
         self.replays += 1
-        tensors, _ = self.call({**self.arguments, **{k: v for k, v in arguments.items() if torch.is_tensor(v)}})
-        return tensors, self.more
+        for name, x in self.inputs.items():
+            x.copy_(arguments[name])
+        self._replay()
+        return [None if x is None else x.clone() for x in self.tensors], self.more
 
 
 @pytest.fixture
@@ -107,7 +113,11 @@ def _offload(layer: nn.Module) -> None:
     layer._hf_hook = object()
 
 
-@pytest.mark.parametrize("disturb", [_hook, _offload, lambda layer: layer.compile(backend="eager")])
+def _forward(layer: nn.Module) -> None:
+    layer.forward = layer.forward
+
+
+@pytest.mark.parametrize("disturb", [_hook, _offload, _forward, lambda layer: layer.compile(backend="eager")])
 def test_a_tower_that_does_more_than_launch_kernels_runs_eagerly(made: list[StandIn], disturb: Any) -> None:
     model = make_model("llava_onevision")
     holimerge.patch_model(model, config())
@@ -125,23 +135,61 @@ def test_gradients_need_the_eager_call(made: list[StandIn]) -> None:
     assert not made
 
 
-def test_what_cuda_does_not_capture_runs_eagerly_and_says_so(
-    made: list[StandIn], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_what_cuda_does_not_capture_says_so_and_memory_that_ran_out_is_told_as_it_is(
+    made: list[StandIn], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any) -> None:
         raise RuntimeError("operation not permitted when stream is capturing\nlong text")
 
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
     model = make_model("llava_onevision")
-    holimerge.patch_model(model, {**config(), "cuda_graph": False})
-    plain = logits(model, asked())
     holimerge.patch_model(model, config())
     monkeypatch.setattr(module, "_Graph", fail)
-    with caplog.at_level("WARNING", "holimerge"):
-        for _ in range(2):
-            assert torch.equal(logits(model, asked()), plain)
-    assert [r.getMessage() for r in caplog.records] == [
-        "cuda_graph: this tower cannot be captured, it runs eagerly: operation not permitted when stream is capturing"
-    ]
+    with pytest.raises(RuntimeError, match=r"cannot be captured \(operation not permitted when stream is capturing\)"):
+        logits(model, asked())
+    monkeypatch.setattr(module, "_Graph", full)
+    with pytest.raises(torch.OutOfMemoryError, match="no memory"):
+        logits(model, asked())
+    monkeypatch.setattr(module, "_Graph", StandIn)
+    logits(model, asked())
+    assert len(made) == 1  # what failed is not remembered
+
+
+def test_adapters_that_are_switched_are_seen(made: list[StandIn]) -> None:
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=4, target_modules=r".*vision_tower.*q_proj", init_lora_weights=False)
+    model = peft.get_peft_model(make_model("llava_onevision"), lora).eval()
+    x, found = asked(), {}
+    for graph in (False, True):
+        holimerge.patch_model(model, {**config(), "cuda_graph": graph})
+        for enabled in (True, False, True):
+            with contextlib.nullcontext() if enabled else model.disable_adapter():
+                found[graph, enabled] = logits(model, x)
+            assert torch.equal(found[graph, enabled], found[False, enabled])
+    assert not torch.equal(found[True, True], found[True, False])
+
+
+def test_under_autocast_the_tower_runs_eagerly(made: list[StandIn], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = make_model("llava_onevision"), asked()
+    holimerge.patch_model(model, config())
+    plain = logits(model, x)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind="cuda": kind == "cuda")
+    logits(model, x)
+    monkeypatch.undo()
+    assert [g.replays for g in made] == [1]
+    assert torch.isfinite(plain).all()
+
+
+def test_the_same_frames_as_other_videos_have_a_report_of_their_own(made: list[StandIn]) -> None:
+    model = make_model("llava_onevision")
+    holimerge.patch_model(model, config(TOKENS))
+    one = make_video("llava_onevision", frames=4)
+    logits(model, build("llava_onevision", [[5, one[:2], 6, one[2:], 7]]))
+    assert holimerge.last_report(model).encoders[0].frames == [2, 2]
+    logits(model, build("llava_onevision", [[5, one, 6, 7]]))
+    assert holimerge.last_report(model).encoders[0].frames == [4]
 
 
 def test_a_copy_of_a_patched_model_makes_graphs_of_its_own(made: list[StandIn]) -> None:

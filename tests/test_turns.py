@@ -13,6 +13,7 @@ from generating import (
     Talk,
     check,
     close,
+    configured,
     every_case,
     every_family,
     every_family_with_an_inner_merge,
@@ -24,8 +25,10 @@ from generating import (
     skip_unless_stock_does,
 )
 from patching import generate
-from toys import TOYS, build, make_video
+from toys import TOYS, build, make_model, make_video
 from transformers import DynamicCache, QuantizedCache, StaticCache
+
+import holimerge
 
 
 def videos(family: str) -> list[torch.Tensor]:
@@ -272,3 +275,21 @@ def test_a_loop_of_ones_own_writes_what_generate_writes(family, inner, kind):
             if given:
                 more = torch.ones(len(rows), step + 1, dtype=torch.long)
                 inputs["attention_mask"] = torch.cat([x["attention_mask"], more], 1)
+
+
+def test_windows_of_attention_see_what_is_padding_in_a_batch():
+    """A sliding layer's mask begins at an offset: its padding is read there, not from the left."""
+    family = "llava_onevision"
+    model = make_model(family, gain=2.0)
+    config = copy.deepcopy(model.config)
+    text = config.text_config
+    text.use_sliding_window, text.sliding_window, text.max_window_layers = True, 8, 0
+    text.layer_types = ["sliding_attention"] * text.num_hidden_layers
+    sliding = type(model)(config).eval()
+    sliding.load_state_dict(model.state_dict())
+    sliding.generation_config = model.generation_config
+    holimerge.patch_model(sliding, configured(family, False))
+    x = build(family, ragged(family))
+    cached, anew = generate(sliding, x, 6), generate(sliding, x, 6, use_cache=False)
+    for a, b in zip(cached.logits, anew.logits, strict=True):
+        torch.testing.assert_close(a, b, atol=5e-4, rtol=0)

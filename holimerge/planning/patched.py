@@ -38,6 +38,7 @@ def scheme_of(handle: Handle) -> Scheme:
         retain=None if config.inner is None else config.inner.retain,
         chunk=config.chunk_frames,
         tower_attention=config.tower_attention,
+        graphed=handle.graphs is not None,
     )
 
 

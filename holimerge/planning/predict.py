@@ -39,6 +39,7 @@ class Scheme:
     method: of the outer reduction; None for the stock model. at: where it works. layer, retain: of the inner merge.
     chunk: temporal steps per call of the tower. tower_share: FLOPs that a setting inside the vision tower leaves of
     it; 1 without one. merging: blocks of the tower in which it merges tokens. tower_attention: of the configuration.
+    graphed: whether a GPU replays the tower's calls.
     """
 
     method: str | None = "holitom"
@@ -49,6 +50,7 @@ class Scheme:
     tower_share: float = 1.0
     merging: int = 0
     tower_attention: str = "auto"
+    graphed: bool = False
 
     def batched(self, device: Device) -> bool:
         """Whether a tower's spans of one length attend together; a GPU's tables are apart from the host's."""
@@ -142,6 +144,8 @@ def flow_name(model_type: str, *, stock: bool) -> str:
 def _host(shape: ModelShape, device: Device, scheme: Scheme) -> Callable[[str], float]:
     """ms that the host takes to issue something; 0 on a CPU."""
     times = device.host.get(flow_name(shape.model_type, stock=scheme.method is None), {})
+    if scheme.graphed:  # one launch for all blocks
+        times = {name: ms for name, ms in times.items() if name not in ("tower_layer", "merging", "attention_call")}
     return lambda name: times.get(name, 0.0)
 
 
