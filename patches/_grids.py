@@ -7,8 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.vision_utils import get_vision_window_index
 
 from holimerge.capture import captured, first_argument
+from holimerge.encoder.gate import Places, row_sources
+from holimerge.encoder.patch_run import Patches
 from holimerge.encoder.tower import Tower
 from holimerge.encoding import Encoded, Grid, Level, Request
 from holimerge.tokens import VideoTokens, upload
@@ -79,6 +82,15 @@ class GridFamily(Family):
 
         return [one(video) for video in range(len(grids))]
 
+    def place_order(self, core: Any, rows: int, columns: int) -> Tensor | None:
+        """[N]: the order in which the blocks have the tokens of a frame of so many patches; None for raster order."""
+        tower = self.tower(core)
+        if getattr(tower, "fullatt_block_indexes", None) is None:
+            return None
+        frame = torch.tensor([[1, rows, columns]])
+        order, _ = get_vision_window_index(frame, tower.spatial_merge_size, tower.window_size, tower.patch_size)
+        return order
+
     def no_encoder(self, core: Any, kind: str) -> str:
         if kind == "tokens" and getattr(self.tower(core), "fullatt_block_indexes", None) is not None:
             return "the tower attends in windows of patches, and merged tokens leave no windows; use frames or gate"
@@ -109,8 +121,18 @@ class GridFamily(Family):
                 arguments[pixels].split([t * p for t, p in tower.videos]), tower.videos, strict=True
             )
         ]
-        gate = encoder.gate([(video, lambda difference: difference.mean(-1)) for video in videos])
+        by_patch = encoder.options.gate.unit == "patch"
+        units = [m**2 if by_patch else 1 for m in self.merge_sizes(core, arguments)]
+
+        def places(unit: int) -> Places:
+            return lambda frame: frame.reshape(-1, unit * frame.shape[-1])
+
+        gate = encoder.gate([(video, places(unit)) for video, unit in zip(videos, units, strict=True)])
         encoder.count(tower, gate)
+        if gate.places:
+            orders = [self.place_order(core, h, w) for _, h, w in grid.tolist()]
+            rows = [row_sources(x, unit, 0, o) for x, unit, o in zip(gate.places, units, orders, strict=True)]
+            encoder.patches = Patches(rows, request.chunk is not None)
         if gate.all:
             return arguments, None
         left = [sorted(set(source)) for source in gate.sources]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from patching import batch_rows, check_cached, check_rows, generate, handle_of, logits, patch
-from towers import encoded, frames_by_hand, tokens_by_hand, tower_of
+from towers import encoded, frames_by_hand, patches_by_hand, tokens_by_hand, tower_of
 from toys import FAMILIES, SOME, TOYS, build, make_model, make_video, prompt
 
 import holimerge
@@ -20,6 +20,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "gate": {"gate": {"threshold": 0.02, "changed": 0.6}},
     "frames": {"frames": {"layers": [1], **RULE}},
     "tokens": {"tokens": {"r": 2}},
+    "patches": {"gate": {"unit": "patch", "threshold": 0.05}},
 }
 
 
@@ -104,6 +105,40 @@ def test_frames_that_did_not_change_are_not_encoded_and_give_what_they_would(fam
     assert_same(ours, expected, 2e-6)
     chunked, _ = encoded(model, x, {"gate": {}}, chunk=2)
     assert_same(chunked, expected, 2e-6)
+    by_patch, report = encoded(model, x, {"gate": {"unit": "patch"}})
+    assert (report.frames, report.rows) == ([4], [4 * report.total // len(ours[0].tokens.features)] * 3)
+    assert_same(by_patch, ours, 0.0)
+    assert encoded(model, build(family, [[5, still[:4], 6]]), {"gate": {"unit": "patch"}})[1].frames == [1]
+
+
+@pytest.mark.parametrize("family", ENCODING)
+def test_places_that_changed_are_encoded_alone_and_others_take_their_features_from_where_they_were(family: str) -> None:
+    attn = "sdpa" if ENCODING.index(family) % 2 else "eager"
+    model, x = make(family, attn=attn), two_videos(family, frames=12)
+    for threshold, changed in ((0.05, 0.5), (0.0115, 0.5), (0.0115, 0.95), (0.5, 0.2)):
+        with patches_by_hand(model, x, threshold, changed) as left:
+            expected, _ = encoded(model, x, None)
+        gate = {"unit": "patch", "threshold": threshold, "changed": changed}
+        ours, report = encoded(model, x, {"gate": gate})
+        assert any(any(frame) and not all(frame) for frame in left)
+        tower = tower_of(model, x)
+        rows = sum(map(sum, left))
+        if tower.batched:  # whole lots of a frame's rows; the free ones count, as they run
+            assert rows <= report.rows[0] < report.total
+            assert report.rows[0] % tower.videos[0][1] == 0
+        else:
+            assert report.rows == [rows] * 3
+        at = iter(left)
+        assert report.frames == [sum(any(next(at)) for _ in range(t)) for t, _ in tower.videos]
+        assert_same(ours, expected)
+        for chunk in (1, 3, 5):
+            chunked, in_parts = encoded(model, x, {"gate": gate}, chunk=chunk)
+            assert_same(chunked, expected)
+            assert in_parts.frames == report.frames
+        late, _ = encoded(model, x, {"gate": gate}, at="projector_output")
+        with patches_by_hand(model, x, threshold, changed):
+            expected, _ = encoded(model, x, None, at="projector_output")
+        assert_same(late, expected)
 
 
 @pytest.mark.parametrize("family", WHOLE)
@@ -150,6 +185,7 @@ def test_with_nothing_to_merge_every_bit_is_that_of_no_reduction_in_the_tower(fa
     assert holimerge.last_report(model).encoders == []
     nothing: list[tuple[str, dict[str, Any]]] = [
         ("gate", {}),
+        ("gate", {"unit": "patch"}),
         ("frames", {"layers": [1], "similarity": 1.0}),
         ("tokens", {"r": 0}),
         ("tokens", {"keep": 1.0}),
