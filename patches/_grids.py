@@ -124,10 +124,10 @@ class GridFamily(Family):
         by_patch = encoder.options.gate.unit == "patch"
         units = [m**2 if by_patch else 1 for m in self.merge_sizes(core, arguments)]
 
-        def places(unit: int) -> Places:
+        def joined(unit: int) -> Places:
             return lambda frame: frame.reshape(-1, unit * frame.shape[-1])
 
-        gate = encoder.gate([(video, places(unit)) for video, unit in zip(videos, units, strict=True)])
+        gate = encoder.gate([(video, joined(unit)) for video, unit in zip(videos, units, strict=True)])
         encoder.count(tower, gate)
         if gate.places:
             orders = [self.place_order(core, h, w) for _, h, w in grid.tolist()]

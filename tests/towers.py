@@ -1,7 +1,7 @@
 """The reductions of `holimerge.encoder` done by hand on a stock tower: every row stays, and merged rows are equal.
 
 Frames do not see each other and a token of size s is s equal tokens to attention, so this must give the same features
-and scores as towers that work on less. Gated patches are done frame by frame, each stock block called on the frame's rows alone.
+and scores as towers that work on less. Gated patches are done frame by frame, each stock block called on the frame's rows.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 from unittest import mock
 
@@ -209,12 +210,14 @@ def patches_by_hand(model: Any, x: dict[str, Tensor], threshold: float, changed:
             given = {**kwargs}
             if not tower.batched:
                 ends = kwargs["cu_seqlens"].tolist()
-                spans = [int(((mine >= a) & (mine < b)).sum()) for a, b in zip(ends, ends[1:], strict=False)]
+                spans = [int(((mine >= a) & (mine < b)).sum()) for a, b in pairwise(ends)]
                 given["cu_seqlens"] = torch.tensor([0, *(n for n in spans if n)]).cumsum(0).int()
                 given["position_embeddings"] = tuple(table[mine] for table in kwargs["position_embeddings"])
             seen: dict[str, Any] = {"call": given}
             hooks = [
-                attention.get_submodule(n).register_forward_hook(lambda _m, _a, out, n=n: seen.update({n: out}))
+                attention.get_submodule(n).register_forward_hook(
+                    lambda _m, _a, out, n=n, seen=seen: seen.update({n: out})
+                )
                 for n in names
             ]
             shown = hidden[mine][None] if tower.batched else hidden[mine]
@@ -241,7 +244,7 @@ def patches_by_hand(model: Any, x: dict[str, Tensor], threshold: float, changed:
     shape = (-1, tower.videos[0][1]) if tower.batched else (-1,)
     left: list[list[bool]] = []
     try:
-        with mock.patch.object(sys.modules[module], name, lambda *_args, **_kwargs: received.reshape(shape)):
+        with mock.patch.object(sys.modules[module], name, side_effect=lambda *_, **__: received.reshape(shape)):
             yield left
     finally:
         for hook in hooks:

@@ -131,6 +131,6 @@ def _packed(counts: list[int], rows: Tensor, size: int) -> tuple[Tensor, Tensor,
     within = torch.arange(len(rows)) - (count.cumsum(0) - count).repeat_interleave(count)
     place = begin.repeat_interleave(count) + within
     filled = rows[:1].repeat(len(used) * size).index_copy_(0, place, rows)
-    frame = torch.arange(len(counts)).repeat_interleave(count)
-    groups = torch.full((len(used) * size,), -1).index_copy_(0, place, frame)
+    frames = torch.arange(len(counts)).repeat_interleave(count)
+    groups = torch.full((len(used) * size,), -1).index_copy_(0, place, frames)
     return place, filled, groups.view(-1, size)
