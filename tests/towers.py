@@ -1,7 +1,7 @@
 """The reductions of `holimerge.encoder` done by hand on a stock tower: every row stays, and merged rows are equal.
 
 Frames do not see each other and a token of size s is s equal tokens to attention, so this must give the same features
-and scores as towers that work on less. Gated patches are done frame by frame, each stock block called on the frame's rows.
+and scores as towers that work on less. Gated patches are done frame by frame, each stock block called on its rows.
 """
 
 from __future__ import annotations
