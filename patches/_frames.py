@@ -80,7 +80,7 @@ class FrameFamily(Family):
             if received is not None:
                 scores.append(received)
             if report is not None and request.encoder is not None and report.rows:
-                request.encoder.report.add(report.total, report.rows, report.frames)
+                request.encoder.report.add(report.total, report.rows, report.frames, report.pairs)
         whole, scored = torch.cat(hidden), torch.cat(scores) if request.scored else None
         if source is not None:
             whole, scored = whole[source], None if scored is None else scored[source]

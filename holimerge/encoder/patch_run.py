@@ -8,6 +8,7 @@ which is read by nothing.
 from __future__ import annotations
 
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +43,7 @@ class PatchRun(Run):
         self.carry = patches.carry
         self.size = tower.videos[-1][1]  # rows of a frame; the same in all videos but in a sequence of a single call
         source = patches.take(tower.rows)
+        self.pairs: list[int] = []  # of each block of a sequence
         self.own = source == torch.arange(len(source))
         self.whole = bool(self.own.all())
         rows = self.own.nonzero().flatten()
@@ -61,7 +63,7 @@ class PatchRun(Run):
         self._mask: Tensor | None = None
 
     def enter(self, block: int, hidden: Tensor) -> Tensor:
-        if block or self.whole:
+        if block or (self.whole and self.tower.batched):
             return hidden
         device = hidden.device
         self.index, self.filled = upload(self.index, device), upload(self.filled, device)
@@ -79,6 +81,11 @@ class PatchRun(Run):
         before = [0, *self.own.cumsum(0).tolist()]
         left = [before[end] - before[start] for start, end in pairwise(accumulate(lengths, initial=0))]
         return [count for count in left if count]
+
+    def _shorter(self, kwargs: dict[str, Any], kept: Tensor) -> dict[str, Any]:
+        shorter = super()._shorter(kwargs, kept)
+        self.pairs.append(sum(n**2 for n in self.tower.spans.lengths(shorter["cu_seqlens"])))
+        return shorter
 
     def bias(self, dtype: torch.dtype) -> Tensor | None:
         if self._mask is None:
@@ -105,7 +112,7 @@ class PatchRun(Run):
         return every
 
     def count(self) -> None:
-        self.report.add(0, self.seen, [])  # frames and all rows are counted when the gate is asked
+        self.report.add(0, self.seen, [], self.pairs)  # frames and all rows are counted when the gate is asked
 
 
 def _packed(counts: list[int], rows: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:

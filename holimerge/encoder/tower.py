@@ -68,12 +68,14 @@ class EncoderReport:
     total: rows of hidden states that each block would have seen (class tokens among them), all videos together.
     rows: those that each block did see.
     frames: per video, the frames (temporal steps) that the last block saw.
+    pairs: query-key pairs of a head in each block, where parts of frames were left of a sequence; else empty.
     """
 
     kind: str
     total: int = 0
     rows: list[int] = field(default_factory=list)
     frames: list[int] = field(default_factory=list)
+    pairs: list[int] = field(default_factory=list)
 
     @property
     def share(self) -> float:
@@ -90,11 +92,13 @@ class EncoderReport:
             "share": round(self.share, 6),
         }
 
-    def add(self, total: int, rows: list[int], frames: list[int]) -> None:
+    def add(self, total: int, rows: list[int], frames: list[int], pairs: list[int] | None = None) -> None:
         """Count another call of the tower."""
         self.total += total
         self.rows = [a + b for a, b in zip(self.rows or [0] * len(rows), rows, strict=True)]
         self.frames += frames
+        if pairs:
+            self.pairs = [a + b for a, b in zip(self.pairs or [0] * len(pairs), pairs, strict=True)]
 
 
 class Run:
