@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,13 @@ from holimerge.encoder.tower import Tower
 from holimerge.encoding import Grid, Request
 
 from ._frames import FrameFamily, layer_of_hidden_state
+
+
+def pixels_by_patch(frame: Tensor, patch: int) -> Tensor:
+    """[N, C patch^2] of a frame [C, H, W], in raster order; a rest at the right or the bottom belongs to none."""
+    rows, columns = (size // patch * patch for size in frame.shape[1:])
+    grid = frame[:, :rows, :columns].unflatten(2, (-1, patch)).unflatten(1, (-1, patch))
+    return grid.permute(1, 3, 0, 2, 4).flatten(2).flatten(0, 1)
 
 
 class LlavaFamily(FrameFamily):
@@ -88,12 +96,7 @@ class LlavaFamily(FrameFamily):
         if encoder is None or encoder.options.gate is None:
             return arguments, None
 
-        def places(frame: Tensor) -> Tensor:
-            rows, columns = (size // patch * patch for size in frame.shape[1:])
-            grid = frame[:, :rows, :columns].unflatten(2, (-1, patch)).unflatten(1, (-1, patch))
-            return grid.permute(1, 3, 0, 2, 4).flatten(2).flatten(0, 1)
-
-        gate = encoder.gate([(video, places) for video in pixels])
+        gate = encoder.gate([(video, partial(pixels_by_patch, patch=patch)) for video in pixels])
         tower = self.encoder_tower(core, arguments, [pixels.shape[1]] * pixels.shape[0])
         encoder.count(tower, gate)
         if gate.places:

@@ -12,6 +12,7 @@ from towers import encoded, frames_by_hand, patches_by_hand, tokens_by_hand, tow
 from toys import FAMILIES, SOME, TOYS, build, make_model, make_video, prompt
 
 import holimerge
+from holimerge.patches._llava import pixels_by_patch
 
 ENCODING = [name for name in FAMILIES if not TOYS[name].as_images]
 WHOLE = ["llava_onevision", "llava_next_video", "qwen2_vl", "qwen3_vl", "glm4v"]  # towers without windows
@@ -22,6 +23,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "tokens": {"tokens": {"r": 2}},
     "patches": {"gate": {"unit": "patch", "threshold": 0.05}},
 }
+
+PATCHES: list[dict[str, Any]] = [{"gate": {"unit": "patch"}}, {"gate": {"unit": "patch", "changed": 0.0}}]
 
 
 def config(options: dict[str, Any] | None, **changes: Any) -> dict[str, Any]:
@@ -258,6 +261,7 @@ def test_bfloat16_and_both_places_of_the_outer_reduction(kind: str, family: str)
         ({"gate": {"treshold": 0.0}}, "encoder.gate.treshold: unknown key; did you mean 'threshold'?"),
         ({"gate": {"threshold": -0.1}}, "encoder.gate.threshold: -0.1 is not valid"),
         ({"gate": {"changed": 1.0}}, "encoder.gate.changed: 1.0 is not valid"),
+        ({"gate": {"unit": "patches"}}, "encoder.gate.unit: 'patches' is not valid; did you mean 'patch'?"),
         ({"frames": {}}, "encoder.frames.layers: missing"),
         ({"frames": {"layers": []}}, "encoder.frames.layers: []: a list of layers is needed"),
         ({"frames": {"layers": 3}}, "encoder.frames.layers: 3: a list of layers is needed"),
@@ -291,7 +295,12 @@ def test_what_an_encoder_block_does_not_go_with_is_refused() -> None:
 
 
 def test_an_encoder_block_survives_yaml_and_another_kind_replaces_a_presets(tmp_path: Any) -> None:
-    for options in ({"frames": {"layers": [1, 0.5], "merge": 0.5}}, {"tokens": {"r": 3}}, {"gate": {"changed": 0.1}}):
+    for options in (
+        {"frames": {"layers": [1, 0.5], "merge": 0.5}},
+        {"tokens": {"r": 3}},
+        {"gate": {"changed": 0.1}},
+        *PATCHES,
+    ):
         cfg = holimerge.load_config(config(options))
         assert holimerge.load_config(cfg.to_dict()) == cfg
         (tmp_path / "c.yaml").write_text(cfg.to_yaml())
@@ -312,11 +321,22 @@ def test_what_a_tower_cannot_do_is_refused(family: str) -> None:
     assert "_holimerge_handle" not in model.__dict__
 
 
-def test_merged_tokens_need_an_attention_that_takes_their_sizes() -> None:
+@pytest.mark.parametrize(
+    ("kind", "reason"), [("tokens", "tokens: .*takes no sizes"), ("patches", "gate: .*takes no mask")]
+)
+def test_merged_tokens_and_parts_of_frames_need_an_attention_that_takes_a_bias(kind: str, reason: str) -> None:
     model = make("llava_onevision")
     model.model.vision_tower.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(holimerge.ConfigError, match=r"encoder.tokens: .*flash_attention_2.*'sdpa' or 'eager'"):
-        patch(model, config(KINDS["tokens"]))
+    with pytest.raises(holimerge.ConfigError, match=rf"encoder.{reason}.*'sdpa' or 'eager'"):
+        patch(model, config(KINDS[kind]))
+    patch(model, config(KINDS["gate"]))
+
+
+def test_patches_of_a_frame_that_they_do_not_fill() -> None:
+    frame = torch.arange(3 * 9 * 14.0).view(3, 9, 14)
+    found = pixels_by_patch(frame, 4)
+    expected = [frame[:, y : y + 4, x : x + 4].flatten() for y in (0, 4) for x in (0, 4, 8)]
+    assert torch.equal(found, torch.stack(expected))
 
 
 def test_gradient_checkpointing_of_the_tower_in_training_is_refused() -> None:

@@ -60,7 +60,8 @@ class PatchRun(Run):
         self.earlier = bool((source < 0).any())
         behind = len(self.filled) + torch.arange(len(source)) % self.size  # the last frame of the call before
         self.index = at[source.clamp_min(0)].where(source >= 0, behind)
-        self._mask: Tensor | None = None
+        self._apart: Tensor | None = None  # [B, 1, P, P] bool, of rows that must not see each other
+        self._bias: dict[torch.dtype, Tensor] = {}
 
     def enter(self, block: int, hidden: Tensor) -> Tensor:
         if block or (self.whole and self.tower.batched):
@@ -74,7 +75,7 @@ class PatchRun(Run):
         groups = self.groups
         if not bool((groups == groups[:, :1]).all()):
             groups = upload(groups, device)
-            self._mask = (groups[:, :, None] != groups[:, None, :])[:, None]
+            self._apart = (groups[:, :, None] != groups[:, None, :])[:, None]
         return hidden.flatten(0, 1)[self.filled].unflatten(0, (-1, self.size))
 
     def spans_left(self, lengths: list[int]) -> list[int]:
@@ -88,9 +89,11 @@ class PatchRun(Run):
         return shorter
 
     def bias(self, dtype: torch.dtype) -> Tensor | None:
-        if self._mask is None:
+        if self._apart is None:
             return None
-        return torch.zeros_like(self._mask, dtype=dtype).masked_fill_(self._mask, -torch.inf)
+        if dtype not in self._bias:
+            self._bias[dtype] = torch.zeros_like(self._apart, dtype=dtype).masked_fill_(self._apart, -torch.inf)
+        return self._bias[dtype]
 
     def restored(self, hidden: Tensor, block: int) -> Tensor:
         if not self.tower.batched:
