@@ -278,7 +278,7 @@ def test_a_tower_that_merges_frames_runs_the_flops_that_are_computed(family: str
 @pytest.mark.parametrize("family", CONFIGS)
 def test_a_tower_that_encodes_what_moved_runs_the_flops_that_are_computed(family: str) -> None:
     grid, steps = (None, 5) if family == "llava" else (GRID, 3)
-    options: dict[str, Any] = {"gate": {"unit": "patch"}}
+    options: dict[str, Any] = {"gate": {"unit": "patch", "changed": 0.5}}
     ran, vision, report = count_tower(family, options, moved=True)
     assert report.frames == [3]
     work = tower_work(vision, Encoder.model_validate(options), steps, grid, report)

@@ -21,7 +21,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "gate": {"gate": {"threshold": 0.02, "changed": 0.6}},
     "frames": {"frames": {"layers": [1], **RULE}},
     "tokens": {"tokens": {"r": 2}},
-    "patches": {"gate": {"unit": "patch", "threshold": 0.05}},
+    "patches": {"gate": {"unit": "patch", "threshold": 0.05, "changed": 0.5}},
 }
 
 PATCHES: list[dict[str, Any]] = [{"gate": {"unit": "patch"}}, {"gate": {"unit": "patch", "changed": 0.0}}]

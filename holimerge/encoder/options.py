@@ -112,7 +112,8 @@ class Gate(Section):
     threshold: a patch (or place) has changed if the mean absolute difference of its pixel values, as the processor
         scales them, is above this.
     changed: a frame is encoded as a whole if more than this share of its patches (or places) has changed, in [0, 1);
-        null for 0 with frames and 0.5 with patches.
+        null for 0 with frames and 0.03 with patches: places
+        without what stands around them are a poor likeness of more than that (eval/tiny/encoder).
     """
 
     unit: Literal["frame", "patch"] = "frame"
@@ -123,7 +124,7 @@ class Gate(Section):
     def most(self) -> float:
         """The share that `changed` stands for."""
         if self.changed is None:
-            return 0.5 if self.unit == "patch" else 0.0
+            return 0.03 if self.unit == "patch" else 0.0
         return self.changed
 
 
