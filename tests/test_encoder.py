@@ -138,6 +138,8 @@ def test_places_that_changed_are_encoded_alone_and_others_take_their_features_fr
             chunked, in_parts = encoded(model, x, {"gate": gate}, chunk=chunk)
             assert_same(chunked, expected)
             assert in_parts.frames == report.frames
+        batched, _ = encoded(model, x, {"gate": gate}, attention="batched")  # spans of many lengths, as on a GPU
+        assert_same(batched, expected)
         late, _ = encoded(model, x, {"gate": gate}, at="projector_output")
         with patches_by_hand(model, x, threshold, changed):
             expected, _ = encoded(model, x, None, at="projector_output")
