@@ -30,7 +30,7 @@ from holimerge.scoring import score_options
 
 from .measure import analytic_flops
 from .reuse import Reuse
-from .run import STAGES, Run, _peak, _reset_peak, _synchronise, devices_of, rows_seen, run_once
+from .run import STAGES, Run, _peak, _reset_peak, _synchronise, devices_of, run_once, seen_by_tower
 
 # Stages of the prompt that a video encoded before did not pay.
 ENCODING = ("vision", "reduce", "project")
@@ -212,7 +212,7 @@ def _flops(
     tokens: dict[str, int | None],
     clusters: tuple[int, ...],
 ) -> dict[str, int] | None:
-    found = analytic_flops(model, row, config, Run(0.0, {}, tokens, clusters=clusters, rows=rows_seen(model)))
+    found = analytic_flops(model, row, config, Run(0.0, {}, tokens, clusters=clusters, seen=seen_by_tower(model)))
     return None if found is None else {key: int(found[key]) for key in ("total", "prefill")}
 
 

@@ -210,7 +210,7 @@ def analytic_flops(
         steps, rows, columns = grids[0].tolist()
         frames, grid = steps * shape.vision.temporal_patch, (rows, columns)
     encoder = config.encoder if config is not None else None
-    if encoder is not None and encoder.tokens is None and not run.rows:
+    if encoder is not None and encoder.tokens is None and run.seen is None:
         return None
     cost = exact_cost(
         shape,
@@ -225,7 +225,7 @@ def analytic_flops(
         static_sets=run.clusters,
         scored=config is not None and method_module(config.method).METHOD.needs_scores,
         matched=not merged or config is None or config.inner is None or config.inner.merge != "drop",
-        work=tower_work(shape.vision, encoder, shape.vision.steps(frames), grid, run.rows),
+        work=tower_work(shape.vision, encoder, shape.vision.steps(frames), grid, run.seen),
     )
     rest = tokens["text"] + tokens["separators"]
     if merged and config is not None and config.inner is not None and config.inner.compact_cache:

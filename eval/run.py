@@ -15,6 +15,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from holimerge.api import _handle, _inner_model, merging
 from holimerge.config import Config
+from holimerge.encoder.tower import EncoderReport
 from holimerge.planning.stock import watched
 from holimerge.registry import family_module
 from holimerge.timing import StageClock, now
@@ -26,8 +27,8 @@ STAGES = ("vision", "reduce", "project", "splice", "prefill", "inner")
 @dataclass
 class Run:
     """One prompt, timed. Milliseconds, except `peak` (bytes), `answer` (generated token ids [B, n]), `clusters`
-    (sizes of the static sets that were clustered) and `rows` (what each block of the tower saw of the video, where a
-    reduction inside it left something out; empty if not known)."""
+    (sizes of the static sets that were clustered) and `seen` (what a reduction inside the tower left of the video;
+    None without one and where it is not known)."""
 
     ttft: float
     stages: dict[str, float]
@@ -36,7 +37,7 @@ class Run:
     peak: int | None = None
     answer: Tensor | None = None
     clusters: tuple[int, ...] = ()
-    rows: tuple[int, ...] = ()
+    seen: EncoderReport | None = None
 
 
 class _Ticks(StoppingCriteria):
@@ -99,7 +100,7 @@ def run_once(
         peak=_peak(devices) if memory else None,
         answer=answer[:, inputs["input_ids"].shape[1] :],
         clusters=clusters,
-        rows=rows_seen(model),
+        seen=seen_by_tower(model),
     )
 
 
@@ -115,13 +116,14 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def rows_seen(model: Any) -> tuple[int, ...]:
-    """What each block of the tower saw in the prompt that has just ended; empty without a reduction inside the tower,
-    and where not exactly one video was encoded."""
+def seen_by_tower(model: Any) -> EncoderReport | None:
+    """What the tower worked on in the prompt that has just ended; None without a reduction inside the tower, and where
+    not exactly one video was encoded."""
     handle = _handle(model)
     if handle is None or len(handle.report.encoders) != 1 or len(handle.report.videos) != 1:
-        return ()
-    return tuple(handle.report.encoders[0].rows)
+        return None
+    report: EncoderReport = handle.report.encoders[0]
+    return report if report.rows else None
 
 
 @contextmanager

@@ -31,7 +31,7 @@ def received_attention(
     Args:
         q, k: [F, heads, P, d], the vision layer's own queries and keys of F frames (rotated where the tower does).
         scale: the layer's softmax scale.
-        bias: [F, 1, 1, P], added to the logits of each key.
+        bias: [F, 1, 1 or P, P], added to the logits of each key (for each query).
         weight: [F, P], how much each query counts in the average; None for all alike.
 
     Returns:

@@ -91,11 +91,14 @@ class TowerWork:
     embedded: temporal steps whose patches are embedded (fewer only behind a gate).
     blocks: per block (steps, patches of each in attention, patches of each in the MLP).
     matched: per block the tokens and channels of each step that are compared, (0, 0) for none.
+    pairs: per block the query-key pairs of a head, all steps together, where steps differ; a step in `blocks` is then a
+        single patch.
     """
 
     embedded: int
     blocks: tuple[tuple[int, int, int], ...]
     matched: tuple[tuple[int, int], ...] = ()
+    pairs: tuple[int, ...] = ()
 
 
 def merging_tokens(
@@ -118,23 +121,24 @@ def merging_tokens(
     return TowerWork(steps, tuple(blocks), tuple(matched))
 
 
-def tower_work(
-    vision: VisionShape, encoder: Any, steps: int, grid: Grid | None, rows: Sequence[int] = ()
-) -> TowerWork | None:
+def tower_work(vision: VisionShape, encoder: Any, steps: int, grid: Grid | None, seen: Any = None) -> TowerWork | None:
     """What an `encoder` block leaves of the tower's work on one video; None for all of it.
 
-    rows: what each block did see (`EncoderReport.rows`). Only merged tokens can be counted without.
+    seen: the `EncoderReport` of that video. Only merged tokens can be counted without.
     """
     if encoder is None:
         return None
     if encoder.tokens is not None:
         layers = encoder.tokens.resolve("tokens", vision.layers)
         return merging_tokens(vision, steps, grid, layers, encoder.tokens.gone)
-    if not rows:
+    if seen is None or not seen.rows:
         return None
+    embedded = sum(seen.frames) if encoder.gate is not None else steps
+    if seen.pairs:
+        return TowerWork(embedded, tuple((rows, 1, 1) for rows in seen.rows), pairs=tuple(seen.pairs))
     height, width = vision.frame_grid(grid)
-    blocks = tuple((seen // (height * width), height * width, height * width) for seen in rows)
-    return TowerWork(blocks[0][0] if encoder.gate is not None else steps, blocks)
+    blocks = tuple((rows // (height * width), height * width, height * width) for rows in seen.rows)
+    return TowerWork(embedded, blocks)
 
 
 def tower(vision: VisionShape, steps: int, grid: Grid | None = None, work: TowerWork | None = None) -> int:
@@ -149,9 +153,11 @@ def tower(vision: VisionShape, steps: int, grid: Grid | None = None, work: Tower
     embed = 2 * n * vision.channels * vision.temporal_patch * vision.patch**2 * d
     total = embed * (steps if work is None else work.embedded)
     for block, (left, attended, transformed) in enumerate(blocks):
-        pairs = vision.attention_pairs((rows, columns), block) if attended == n else attended**2
+        pairs = left * (vision.attention_pairs((rows, columns), block) if attended == n else attended**2)
+        if work is not None and work.pairs:
+            pairs = work.pairs[block]
         mlp = (3 if vision.gated else 2) * d * vision.mlp
-        total += left * (2 * attended * 4 * d * d + 2 * transformed * mlp + 4 * d * pairs)
+        total += left * (2 * attended * 4 * d * d + 2 * transformed * mlp) + 4 * d * pairs
     for tokens, channels in () if work is None else work.matched:
         total += 2 * steps * (tokens - tokens // 2) * (tokens // 2) * channels
     if vision.head:

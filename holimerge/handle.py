@@ -89,7 +89,7 @@ class Handle:
                 "images; set it to true for prompts whose images are the frames of a video"
             )
         if config.encoder is not None:
-            refused = family.no_encoder(self.core, config.encoder.kind)
+            refused = family.no_encoder(self.core, config.encoder.need)
             check(config.encoder, refused, lambda: len(family.encoder_tower(self.core, {}, []).blocks))
 
     # ------------------------------------------------------------------ attach and detach

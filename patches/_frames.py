@@ -13,7 +13,6 @@ from torch import Tensor
 
 from holimerge.attention import received_attention
 from holimerge.capture import StopForward, captured, first_argument
-from holimerge.encoder.stage import EncoderStage
 from holimerge.encoder.tower import EncoderReport, Tower
 from holimerge.encoding import Encoded, Grid, Level, Request
 from holimerge.tokens import VideoTokens
@@ -84,7 +83,7 @@ class FrameFamily(Family):
             if received is not None:
                 scores.append(received)
             if report is not None and request.encoder is not None and report.rows:
-                request.encoder.report.add(report.total, report.rows, report.frames)
+                request.encoder.report.add(report.total, report.rows, report.frames, report.pairs)
         whole, scored = torch.cat(hidden), torch.cat(scores) if request.scored else None
         if source is not None:
             whole, scored = whole[source], None if scored is None else scored[source]
@@ -96,7 +95,7 @@ class FrameFamily(Family):
         """One call of the tower: the projector's input [F, P, C] and the scores [F, N] (None if not asked for); and
         what its blocks worked on, if they reduce. Nothing here waits for the device where the tower does not."""
         attention = self.attention(core, dict(part))
-        stage = None if request.encoder is None else EncoderStage(request.encoder.options)
+        stage = None if request.encoder is None else request.encoder.of_call()
         run = None if stage is None else stage.run(self._tower_of(core, dict(part), grids))
         hooks: list[tuple[Any, str, Any]] = [] if run is None else run.hooks()
         block = self.transposed(core, dict(part))
@@ -117,8 +116,7 @@ class FrameFamily(Family):
             if run is None:
                 received = received_attention(q, k, attention.scale)
             else:
-                weight = run.query_weight()
-                bias = None if weight is None else weight.log()[:, None, None, :]
+                bias, weight = run.bias(torch.float32), run.query_weight()
                 received = run.spread(received_attention(q, k, attention.scale, bias=bias, weight=weight))
             scores = self.pooled_scores(core, dict(part), received)
         return [hidden, scores], None if stage is None else stage.report

@@ -11,9 +11,10 @@ from torch import Tensor
 from holimerge.capture import captured, first_argument
 from holimerge.encoder.tower import Tower
 from holimerge.encoding import Encoded, Grid, Level, Request
-from holimerge.tokens import VideoTokens, upload
+from holimerge.tokens import VideoTokens
 
 from ._grid_attention import projections, received_by_patch
+from ._grid_gate import frames_of, gated, grid_of
 from ._grid_spans import BatchedAttention
 from .base import Family
 
@@ -37,7 +38,7 @@ class GridFamily(Family):
 
     def merge_sizes(self, core: Any, arguments: dict[str, Any]) -> list[int]:
         """Patches per side of a token, for each video."""
-        return [int(self.tower(core).spatial_merge_size)] * len(_grid(arguments)[1])
+        return [int(self.tower(core).spatial_merge_size)] * len(grid_of(arguments)[1])
 
     def pooled_scores(self, core: Any, received: Tensor, sizes: list[int], grids: Tensor) -> Tensor:
         """[T N]: a value per token from one per patch [S], in the tower's own order."""
@@ -45,13 +46,13 @@ class GridFamily(Family):
 
     def grids(self, core: Any, arguments: dict[str, Any]) -> list[Grid]:
         sizes = self.merge_sizes(core, arguments)
-        return [Grid(t, h // m, w // m) for (t, h, w), m in zip(_grid(arguments)[1].tolist(), sizes, strict=True)]
+        return [Grid(t, h // m, w // m) for (t, h, w), m in zip(grid_of(arguments)[1].tolist(), sizes, strict=True)]
 
     def encode(
         self, core: Any, features: Callable[..., Any], arguments: dict[str, Any], request: Request
     ) -> list[Encoded]:
         grids = self.grids(core, arguments)
-        arguments, sources = self._gated(core, arguments, request)
+        arguments, sources = gated(self, core, arguments, request)
         parts: list[list[tuple[list[Tensor], Tensor | None]]] = [[] for _ in grids]
         for videos, call in self._calls(arguments, request.chunk):
             for video, part in zip(videos, self._encode_once(core, features, call, request), strict=True):
@@ -71,8 +72,8 @@ class GridFamily(Family):
             received = [scores for _, scores in parts[video] if scores is not None]
             scores = torch.cat(received) if request.scored else None
             if sources is not None:
-                levels = [_frames_of(x, sources[video]) for x in levels]
-                scores = None if scores is None else _frames_of(scores, sources[video])
+                levels = [frames_of(x, sources[video]) for x in levels]
+                scores = None if scores is None else frames_of(scores, sources[video])
             scores = None if scores is None else scores.view(shape)
             tokens = VideoTokens(levels[0].detach().reshape(*shape, -1), scores)
             return Encoded(tokens, [level(x, merger) for x, merger in zip(levels, mergers, strict=True)])
@@ -85,7 +86,7 @@ class GridFamily(Family):
         return ""
 
     def encoder_tower(self, core: Any, arguments: dict[str, Any], frames: list[int]) -> Tower:
-        grid = _grid(arguments)[1].tolist() if arguments else []
+        grid = grid_of(arguments)[1].tolist() if arguments else []
         return Tower(
             blocks=self.tower(core).blocks,
             videos=[(t, h * w) for t, h, w in grid],
@@ -93,36 +94,9 @@ class GridFamily(Family):
             unit=int(self.tower(core).spatial_merge_size) ** 2,
         )
 
-    def _gated(
-        self, core: Any, arguments: dict[str, Any], request: Request
-    ) -> tuple[dict[str, Any], list[list[int]] | None]:
-        """The arguments without frames that need not be encoded, and per video the encoded frame of every frame."""
-        encoder = request.encoder
-        if encoder is None or encoder.options.gate is None:
-            return arguments, None
-        name, grid = _grid(arguments)
-        pixels = first_argument(arguments, "pixel_values_videos", "pixel_values")
-        tower = self.encoder_tower(core, arguments, [])
-        videos = [
-            part.unflatten(0, (t, -1))
-            for part, (t, _) in zip(
-                arguments[pixels].split([t * p for t, p in tower.videos]), tower.videos, strict=True
-            )
-        ]
-        gate = encoder.gate([(video, lambda difference: difference.mean(-1)) for video in videos])
-        encoder.count(tower, gate)
-        if gate.all:
-            return arguments, None
-        left = [sorted(set(source)) for source in gate.sources]
-        shorter = grid.clone()
-        shorter[:, 0] = torch.tensor([len(frames) for frames in left])
-        kept = [video[frames].flatten(0, 1) for video, frames in zip(videos, left, strict=True)]
-        places = [[frames.index(i) for i in source] for frames, source in zip(left, gate.sources, strict=True)]
-        return {**arguments, pixels: torch.cat(kept), name: shorter}, places
-
     def _calls(self, arguments: dict[str, Any], chunk: int | None) -> list[tuple[list[int], dict[str, Any]]]:
         """The stock call, or one call per `chunk` frames of each video (attention never leaves a frame)."""
-        name, grid = _grid(arguments)
+        name, grid = grid_of(arguments)
         if chunk is None:
             return [(list(range(len(grid))), arguments)]
         pixels = first_argument(arguments, "pixel_values_videos", "pixel_values")
@@ -180,16 +154,5 @@ class GridFamily(Family):
         if request.scored:
             received = received_by_patch(attention, got, tower.spans, None if run is None else run.query_weight())
             received = received if run is None else run.spread(received)
-            received = self.pooled_scores(core, received, self.merge_sizes(core, arguments), _grid(arguments)[1])
+            received = self.pooled_scores(core, received, self.merge_sizes(core, arguments), grid_of(arguments)[1])
         return [([x[order] for x in levels], None if received is None else received[order]) for order in orders]
-
-
-def _frames_of(x: Tensor, frames: list[int]) -> Tensor:
-    """[T N, ...] of the frames [T' N, ...] that are there, in this order."""
-    return x.unflatten(0, (max(frames) + 1, -1))[upload(frames, x.device)].flatten(0, 1)
-
-
-def _grid(arguments: dict[str, Any]) -> tuple[str, Tensor]:
-    """The name and value of the grid argument."""
-    name = first_argument(arguments, "video_grid_thw", "image_grid_thw")
-    return name, arguments[name]

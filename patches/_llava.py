@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from holimerge.capture import first_argument
+from holimerge.encoder.gate import row_sources
+from holimerge.encoder.patch_run import Patches
 from holimerge.encoder.tower import Tower
 from holimerge.encoding import Grid, Request
 
 from ._frames import FrameFamily, layer_of_hidden_state
+
+
+def pixels_by_patch(frame: Tensor, patch: int) -> Tensor:
+    """[N, C patch^2] of a frame [C, H, W], in raster order; a rest at the right or the bottom belongs to none."""
+    rows, columns = (size // patch * patch for size in frame.shape[1:])
+    grid = frame[:, :rows, :columns].unflatten(2, (-1, patch)).unflatten(1, (-1, patch))
+    return grid.permute(1, 3, 0, 2, 4).flatten(2).flatten(0, 1)
 
 
 class LlavaFamily(FrameFamily):
@@ -57,9 +67,10 @@ class LlavaFamily(FrameFamily):
 
     def no_encoder(self, core: Any, kind: str) -> str:
         implementation = core.vision_tower.config._attn_implementation
-        if kind == "tokens" and implementation not in ("sdpa", "eager"):
+        if kind in ("tokens", "patches") and implementation not in ("sdpa", "eager"):
+            need = "sizes of merged tokens" if kind == "tokens" else "mask that keeps parts of frames apart"
             return (
-                f"the tower's attention is {implementation}, which takes no sizes of merged tokens; load the model "
+                f"the tower's attention is {implementation}, which takes no {need}; load the model "
                 "with attn_implementation='sdpa' or 'eager' (a dict sets it for vision_config alone)"
             )
         return ""
@@ -86,12 +97,12 @@ class LlavaFamily(FrameFamily):
         if encoder is None or encoder.options.gate is None:
             return arguments, None
 
-        def per_patch(difference: Tensor) -> Tensor:
-            return torch.nn.functional.avg_pool2d(difference.mean(0)[None], patch).flatten()
-
-        gate = encoder.gate([(video, per_patch) for video in pixels])
+        gate = encoder.gate([(video, partial(pixels_by_patch, patch=patch)) for video in pixels])
         tower = self.encoder_tower(core, arguments, [pixels.shape[1]] * pixels.shape[0])
         encoder.count(tower, gate)
+        if gate.places:
+            rows = [row_sources(x, fixed=tower.fixed) for x in gate.places]
+            encoder.patches = Patches(rows, request.chunk is not None)
         if gate.all:
             return arguments, None
         return {**arguments, name: pixels.flatten(0, 1)[gate.encoded(pixels.device)][None]}, gate.index(pixels.device)

@@ -69,7 +69,8 @@ class Family(ABC):
         return
 
     def no_encoder(self, core: Any, kind: str) -> str:
-        """Why the tower cannot reduce inside itself in this way (frames, tokens or gate); empty if it can."""
+        """Why the tower cannot reduce inside itself in this way (frames, tokens, gate, or patches for a gate whose unit
+        these are); empty if it can."""
         return f"not supported for {core.config.model_type}"
 
     def graphed(self, core: Any) -> Any:

@@ -79,3 +79,16 @@ def sources(frames: np.ndarray, threshold: float, changed: float) -> list[int]:
             encoded.append(t)
         result.append(encoded[-1])
     return result
+
+
+def place_sources(frames: np.ndarray, threshold: float, changed: float) -> list[list[int]]:
+    """Which frame each place takes its features from; frames: [T, N, V], places by their pixel values."""
+    result = [[0] * len(frames[0])]
+    for t in range(1, len(frames)):
+        moved = []
+        for place, source in enumerate(result[-1]):
+            mean = np.mean([abs(a - b) for a, b in zip(frames[t][place], frames[source][place], strict=True)])
+            moved.append(bool(mean > threshold or np.isnan(mean)))
+        whole = sum(moved) > changed * len(moved)
+        result.append([t if whole or m else source for m, source in zip(moved, result[-1], strict=True)])
+    return result

@@ -42,8 +42,9 @@ from holimerge.cost import (
     project,
     shape_of,
     tower,
+    tower_work,
 )
-from holimerge.encoder.options import Tokens
+from holimerge.encoder.options import Encoder, Tokens
 from holimerge.eval.flop_counter import count_flops, count_flops_by_module
 from holimerge.eval.flops import flops_report
 from holimerge.segment import pair_cosines
@@ -236,14 +237,21 @@ def test_the_pooling_head_of_siglip_is_counted_where_it_runs() -> None:
     assert count_flops(lambda: model(**inputs, logits_to_keep=1)) == exact_cost(shape_of(config), **known).total
 
 
-def count_tower(family: str, encoder: dict[str, Any]) -> tuple[int, VisionShape, Any]:
-    """FLOPs of a tower that reduces inside itself, its shape, and the report of what it did."""
+def count_tower(family: str, encoder: dict[str, Any], moved: bool = False) -> tuple[int, VisionShape, Any]:
+    """FLOPs of a tower that reduces inside itself, its shape, and the report of what it did. moved: in the last two
+    frames of a still video something moved."""
     model, inputs, _ = toy(CONFIGS[family](), "sdpa")
     if family == "llava":
         inputs["pixel_values_videos"][:, 1:] = inputs["pixel_values_videos"][:, :1]  # a still video
     else:
         patches = inputs["pixel_values_videos"].view(3, GRID[0] * GRID[1], -1)
         patches[1:] = patches[:1]
+    if moved and family == "llava":
+        inputs["pixel_values_videos"][:, 3, :, 30:70, 30:70] += 1
+        inputs["pixel_values_videos"][:, 4, :, 14:40, 10:30] += 1
+    elif moved:
+        patches[1, 4:12] += 1
+        patches[2, :6] += 1
     config: dict[str, Any] = {"method": "holitom", "budget": {"retain": 0.5}, "encoder": encoder}
     config["outer"] = {"at": "projector_output"}  # where mergers run inside the tower, on everything
     with merging(model, config):
@@ -265,6 +273,23 @@ def test_a_tower_that_merges_frames_runs_the_flops_that_are_computed(family: str
     ran, vision, report = count_tower(family, {"gate": {}})
     assert report.frames == [1]
     assert ran == tower(vision, 1, grid) == tower(vision, steps, grid, TowerWork(1, ((1, patches, patches),) * 3))
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_tower_that_encodes_what_moved_runs_the_flops_that_are_computed(family: str) -> None:
+    grid, steps = (None, 5) if family == "llava" else (GRID, 3)
+    options: dict[str, Any] = {"gate": {"unit": "patch", "changed": 0.5}}
+    ran, vision, report = count_tower(family, options, moved=True)
+    assert report.frames == [3]
+    work = tower_work(vision, Encoder.model_validate(options), steps, grid, report)
+    assert work is not None
+    assert work.embedded == 3
+    assert ran == tower(vision, steps, grid, work) < tower(vision, 3, grid)
+    for still in (False, True):  # one frame, or all that changed as a whole
+        options["gate"]["changed"] = 0.0
+        ran, vision, report = count_tower(family, options, moved=still)
+        work = tower_work(vision, Encoder.model_validate(options), steps, grid, report)
+        assert ran == tower(vision, steps, grid, work) == tower(vision, 3 if still else 1, grid)
 
 
 def test_a_tower_that_merges_tokens_runs_the_flops_that_are_computed() -> None:

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from patching import batch_rows, check_cached, check_rows, generate, handle_of, logits, patch
-from towers import encoded, frames_by_hand, tokens_by_hand, tower_of
+from towers import encoded, frames_by_hand, patches_by_hand, tokens_by_hand, tower_of
 from toys import FAMILIES, SOME, TOYS, build, make_model, make_video, prompt
 
 import holimerge
 from holimerge.encoder.frame_run import FrameRun
 from holimerge.encoder.token_run import TokenRun
+from holimerge.patches._llava import pixels_by_patch
 
 ENCODING = [name for name in FAMILIES if not TOYS[name].as_images]
 WHOLE = ["llava_onevision", "llava_next_video", "qwen2_vl", "qwen3_vl", "glm4v"]  # towers without windows
@@ -22,7 +23,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "gate": {"gate": {"threshold": 0.02, "changed": 0.6}},
     "frames": {"frames": {"layers": [1], **RULE}},
     "tokens": {"tokens": {"r": 2}},
+    "patches": {"gate": {"unit": "patch", "threshold": 0.05, "changed": 0.5}},
 }
+
+PATCHES: list[dict[str, Any]] = [{"gate": {"unit": "patch"}}, {"gate": {"unit": "patch", "changed": 0.0}}]
 
 
 def config(options: dict[str, Any] | None, **changes: Any) -> dict[str, Any]:
@@ -106,6 +110,42 @@ def test_frames_that_did_not_change_are_not_encoded_and_give_what_they_would(fam
     assert_same(ours, expected, 2e-6)
     chunked, _ = encoded(model, x, {"gate": {}}, chunk=2)
     assert_same(chunked, expected, 2e-6)
+    by_patch, report = encoded(model, x, {"gate": {"unit": "patch"}})
+    assert (report.frames, report.rows) == ([4], [4 * report.total // len(ours[0].tokens.features)] * 3)
+    assert_same(by_patch, ours, 0.0)
+    assert encoded(model, build(family, [[5, still[:4], 6]]), {"gate": {"unit": "patch"}})[1].frames == [1]
+
+
+@pytest.mark.parametrize("family", ENCODING)
+def test_places_that_changed_are_encoded_alone_and_others_take_their_features_from_where_they_were(family: str) -> None:
+    attn = "sdpa" if ENCODING.index(family) % 2 else "eager"
+    model, x = make(family, attn=attn), two_videos(family, frames=12)
+    for threshold, changed in ((0.05, 0.5), (0.0115, 0.5), (0.0115, 0.95), (0.5, 0.2)):
+        with patches_by_hand(model, x, threshold, changed) as left:
+            expected, _ = encoded(model, x, None)
+        gate = {"unit": "patch", "threshold": threshold, "changed": changed}
+        ours, report = encoded(model, x, {"gate": gate})
+        assert any(any(frame) and not all(frame) for frame in left)
+        tower = tower_of(model, x)
+        rows = sum(map(sum, left))
+        if tower.batched:  # whole lots of a frame's rows; the free ones count, as they run
+            assert rows <= report.rows[0] < report.total
+            assert report.rows[0] % tower.videos[0][1] == 0
+        else:
+            assert report.rows == [rows] * 3
+        at = iter(left)
+        assert report.frames == [sum(any(next(at)) for _ in range(t)) for t, _ in tower.videos]
+        assert_same(ours, expected)
+        for chunk in (1, 3, 5):
+            chunked, in_parts = encoded(model, x, {"gate": gate}, chunk=chunk)
+            assert_same(chunked, expected)
+            assert in_parts.frames == report.frames
+        batched, _ = encoded(model, x, {"gate": gate}, attention="batched")  # spans of many lengths, as on a GPU
+        assert_same(batched, expected)
+        late, _ = encoded(model, x, {"gate": gate}, at="projector_output")
+        with patches_by_hand(model, x, threshold, changed):
+            expected, _ = encoded(model, x, None, at="projector_output")
+        assert_same(late, expected)
 
 
 @pytest.mark.parametrize("family", WHOLE)
@@ -152,6 +192,7 @@ def test_with_nothing_to_merge_every_bit_is_that_of_no_reduction_in_the_tower(fa
     assert holimerge.last_report(model).encoders == []
     nothing: list[tuple[str, dict[str, Any]]] = [
         ("gate", {}),
+        ("gate", {"unit": "patch"}),
         ("frames", {"layers": [1], "similarity": 1.0}),
         ("tokens", {"r": 0}),
         ("tokens", {"keep": 1.0}),
@@ -224,6 +265,7 @@ def test_bfloat16_and_both_places_of_the_outer_reduction(kind: str, family: str)
         ({"gate": {"treshold": 0.0}}, "encoder.gate.treshold: unknown key; did you mean 'threshold'?"),
         ({"gate": {"threshold": -0.1}}, "encoder.gate.threshold: -0.1 is not valid"),
         ({"gate": {"changed": 1.0}}, "encoder.gate.changed: 1.0 is not valid"),
+        ({"gate": {"unit": "patches"}}, "encoder.gate.unit: 'patches' is not valid; did you mean 'patch'?"),
         ({"frames": {}}, "encoder.frames.layers: missing"),
         ({"frames": {"layers": []}}, "encoder.frames.layers: []: a list of layers is needed"),
         ({"frames": {"layers": 3}}, "encoder.frames.layers: 3: a list of layers is needed"),
@@ -257,7 +299,12 @@ def test_what_an_encoder_block_does_not_go_with_is_refused() -> None:
 
 
 def test_an_encoder_block_survives_yaml_and_another_kind_replaces_a_presets(tmp_path: Any) -> None:
-    for options in ({"frames": {"layers": [1, 0.5], "merge": 0.5}}, {"tokens": {"r": 3}}, {"gate": {"changed": 0.1}}):
+    for options in (
+        {"frames": {"layers": [1, 0.5], "merge": 0.5}},
+        {"tokens": {"r": 3}},
+        {"gate": {"changed": 0.1}},
+        *PATCHES,
+    ):
         cfg = holimerge.load_config(config(options))
         assert holimerge.load_config(cfg.to_dict()) == cfg
         (tmp_path / "c.yaml").write_text(cfg.to_yaml())
@@ -278,11 +325,22 @@ def test_what_a_tower_cannot_do_is_refused(family: str) -> None:
     assert "_holimerge_handle" not in model.__dict__
 
 
-def test_merged_tokens_need_an_attention_that_takes_their_sizes() -> None:
+@pytest.mark.parametrize(
+    ("kind", "reason"), [("tokens", "tokens: .*takes no sizes"), ("patches", "gate: .*takes no mask")]
+)
+def test_merged_tokens_and_parts_of_frames_need_an_attention_that_takes_a_bias(kind: str, reason: str) -> None:
     model = make("llava_onevision")
     model.model.vision_tower.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(holimerge.ConfigError, match=r"encoder.tokens: .*flash_attention_2.*'sdpa' or 'eager'"):
-        patch(model, config(KINDS["tokens"]))
+    with pytest.raises(holimerge.ConfigError, match=rf"encoder.{reason}.*'sdpa' or 'eager'"):
+        patch(model, config(KINDS[kind]))
+    patch(model, config(KINDS["gate"]))
+
+
+def test_patches_of_a_frame_that_they_do_not_fill() -> None:
+    frame = torch.arange(3 * 9 * 14.0).view(3, 9, 14)
+    found = pixels_by_patch(frame, 4)
+    expected = [frame[:, y : y + 4, x : x + 4].flatten() for y in (0, 4) for x in (0, 4, 8)]
+    assert torch.equal(found, torch.stack(expected))
 
 
 def test_gradient_checkpointing_of_the_tower_in_training_is_refused() -> None:

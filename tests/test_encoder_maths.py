@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from holimerge.encoder.frames import frame_similarity, plan_frames
-from holimerge.encoder.gate import gate_sources
+from holimerge.encoder.gate import encoded_frames, gate_sources, place_sources, row_sources
+from holimerge.encoder.patch_run import _packed
 from holimerge.encoder.tokens import match_tokens
 
 
@@ -94,7 +95,7 @@ def test_frames_are_gated_as_the_rule_says() -> None:
         steps = torch.randn(9, 6, 4, generator=g) * (torch.rand(9, 6, 1, generator=g) < 0.3)
         x = steps.cumsum(0)
         for threshold, changed in [(0.0, 0.0), (0.3, 0.0), (0.0, 0.5), (0.5, 0.2)]:
-            found = gate_sources(x, lambda d: d.mean(-1), threshold, changed).tolist()
+            found = gate_sources(x, lambda frame: frame, threshold, changed).tolist()
             assert found == oracle.sources(x.double().numpy(), threshold, changed)
             kinds.add(len(set(found)))
     assert len(kinds) > 4
@@ -102,8 +103,48 @@ def test_frames_are_gated_as_the_rule_says() -> None:
 
 def test_slow_drift_is_measured_from_the_last_encoded_frame_and_nan_is_a_change() -> None:
     x = torch.arange(6.0)[:, None, None].expand(6, 2, 3)  # each step is under the threshold, two together are not
-    assert gate_sources(x, lambda d: d.mean(-1), 1.5, 0.0).tolist() == [0, 0, 2, 2, 4, 4]
+    assert gate_sources(x, lambda frame: frame, 1.5, 0.0).tolist() == [0, 0, 2, 2, 4, 4]
     still = torch.zeros(3, 2, 3)
-    assert gate_sources(still, lambda d: d.mean(-1), 0.0, 0.0).tolist() == [0, 0, 0]
+    assert gate_sources(still, lambda frame: frame, 0.0, 0.0).tolist() == [0, 0, 0]
     still[1, 0, 0] = torch.nan
-    assert gate_sources(still, lambda d: d.mean(-1), 0.0, 0.0).tolist() == [0, 1, 2]
+    assert gate_sources(still, lambda frame: frame, 0.0, 0.0).tolist() == [0, 1, 2]
+
+
+def test_places_are_gated_as_the_rule_says() -> None:
+    kinds = set()
+    for seed in range(24):
+        g = torch.Generator().manual_seed(seed)
+        steps = torch.randn(9, 6, 4, generator=g) * (torch.rand(9, 6, 1, generator=g) < 0.3)
+        x = steps.cumsum(0)
+        if seed % 3 == 0:
+            x[torch.rand(x.shape, generator=g) < 0.02] = torch.nan
+        for threshold, changed in [(0.0, 0.0), (0.3, 0.5), (0.0, 0.5), (0.5, 0.9), (1.5, 0.2)]:
+            found = place_sources(x, lambda frame: frame, threshold, changed)
+            assert found.tolist() == oracle.place_sources(x.double().numpy(), threshold, changed)
+            kinds.add(len(found.unique()))
+            frames, left = encoded_frames(found)
+            encoded = [t for t in range(9) if t in found[t]]
+            assert frames == [max(e for e in encoded if e <= t) for t in range(9)]
+            assert [[encoded[s] for s in places] for places in left.tolist()] == found[encoded].tolist()
+    assert len(kinds) > 5
+
+
+def test_rows_of_a_place_go_together_in_the_towers_own_order() -> None:
+    sources = torch.tensor([[0, 0, 0], [0, 1, 0], [2, 1, 0]])
+    assert row_sources(sources).tolist() == [0, 1, 2, 0, 4, 2, 6, 4, 2]
+    assert row_sources(sources, 2).tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 8, 9, 4, 5, 12, 13, 8, 9, 4, 5]
+    assert row_sources(sources, fixed=1).tolist() == [0, 1, 2, 3, 4, 1, 6, 3, 8, 9, 6, 3]
+    assert row_sources(sources, order=torch.tensor([2, 0, 1])).tolist() == [0, 1, 2, 0, 1, 5, 0, 7, 5]
+
+
+def test_what_is_left_of_frames_shares_lots_and_every_row_is_there_once() -> None:
+    for seed in range(10):
+        g = torch.Generator().manual_seed(seed)
+        counts = torch.randint(1, 10, (7,), generator=g).tolist()
+        own = torch.stack([torch.randperm(9, generator=g) < n for n in counts]).flatten()
+        rows = own.nonzero().flatten()
+        place, filled, groups = _packed(counts, rows, 9)
+        assert filled[place].tolist() == rows.tolist()
+        assert groups.flatten()[place].tolist() == (rows // 9).tolist()
+        assert (groups >= 0).sum() == len(rows) == len(place.unique())
+        assert len(groups) <= max(sum(n > 4 for n in counts), -(-sum(counts) * 2 // 9))

@@ -1,23 +1,28 @@
 """The reductions of `holimerge.encoder` done by hand on a stock tower: every row stays, and merged rows are equal.
 
 Frames do not see each other and a token of size s is s equal tokens to attention, so this must give the same features
-and scores as towers that work on less.
+and scores as towers that work on less. Gated patches are done frame by frame, each stock block called on its rows.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
+from unittest import mock
 
 import oracle_encoder as oracle
 import torch
 from torch import Tensor
 
+from holimerge.attention import received_attention
 from holimerge.encoder.options import Encoder
 from holimerge.encoder.stage import EncoderStage
 from holimerge.encoding import Encoded, Request
 from holimerge.registry import family_module
+from holimerge.spans import Spans
 
 
 def encoded(
@@ -144,3 +149,105 @@ def tokens_by_hand(model: Any, x: dict[str, Tensor], layers: list[int], r: int) 
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def places_of(model: Any, x: dict[str, Tensor]) -> list[Tensor]:
+    """[T, N, V]: pixels of every place of each video."""
+    tower, videos = tower_of(model, x), x["pixel_values_videos"]
+    if tower.batched:
+        patch = model.config.vision_config.patch_size
+        return [
+            torch.stack([f.unfold(1, patch, patch).unfold(2, patch, patch).transpose(0, 1) for f in video])
+            .transpose(2, 3)
+            .flatten(3)
+            .flatten(1, 2)
+            for video in videos
+        ]
+    parts = videos.split([t * p for t, p in tower.videos])
+    return [part.view(t, -1, 4 * part.shape[-1]) for part, (t, _) in zip(parts, tower.videos, strict=True)]
+
+
+@contextmanager
+def patches_by_hand(model: Any, x: dict[str, Tensor], threshold: float, changed: float) -> Iterator[list[list[bool]]]:
+    """Places that changed run through each block alone, frame by frame; others take what their source has.
+
+    Yields, per frame of all videos, which rows are encoded, in the order of the blocks' rows.
+    """
+    tower = tower_of(model, x)
+    places = [oracle.place_sources(p.double().numpy(), threshold, changed) for p in places_of(model, x)]
+    sources: list[list[int]] = []  # per frame of all videos, the row of all that each row is taken from
+    start = 0
+    for (t, p), video in zip(tower.videos, places, strict=True):
+        unit = (p - tower.fixed) // len(video[0])
+        last = 0
+        for frame in range(t):
+            last = frame if frame in video[frame] else last
+            of_rows = [last] * tower.fixed + [s for s in video[frame] for _ in range(unit)]
+            sources.append([start + s * p + row for row, s in enumerate(of_rows)])
+        start += t * p
+    every = torch.tensor([s for frame in sources for s in frame])
+    embedded: list[Tensor] = []
+    received = torch.zeros(len(every))
+
+    def windows(_module: Any, args: Any) -> None:
+        """The order of the blocks' rows in a windowed tower: each is an embedded row that no other equals."""
+        nonlocal every
+        order = (args[0][:, None] == embedded[0][None]).all(-1).long().argmax(1)
+        assert sorted(order.tolist()) == list(range(len(order)))
+        every = order.argsort()[every[order]]
+
+    def block(module: Any, args: Any, kwargs: Any, _output: Any) -> Tensor:
+        hidden, result, start = args[0].reshape(-1, args[0].shape[-1]), [], 0
+        attention = module.get_submodule(tower.names[2])
+        names = [n for n in ("qkv", "q", "k", "q_proj", "k_proj") if hasattr(attention, n)]
+        result = torch.zeros_like(hidden)
+        for p in (p for t, p in tower.videos for _ in range(t)):
+            rows = torch.arange(start, start + p)
+            mine = rows[every[rows] == rows]
+            start += p
+            if not len(mine):
+                continue
+            given = {**kwargs}
+            if not tower.batched:
+                ends = kwargs["cu_seqlens"].tolist()
+                spans = [int(((mine >= a) & (mine < b)).sum()) for a, b in pairwise(ends)]
+                given["cu_seqlens"] = torch.tensor([0, *(n for n in spans if n)]).cumsum(0).int()
+                given["position_embeddings"] = tuple(table[mine] for table in kwargs["position_embeddings"])
+            seen: dict[str, Any] = {"call": given}
+            hooks = [
+                attention.get_submodule(n).register_forward_hook(
+                    lambda _m, _a, out, n=n, seen=seen: seen.update({n: out})
+                )
+                for n in names
+            ]
+            shown = hidden[mine][None] if tower.batched else hidden[mine]
+            result[mine] = type(module).forward(module, shown, *args[1:], **given).reshape(len(mine), -1)
+            for hook in hooks:
+                hook.remove()
+            if module is tower.blocks[-1]:
+                if tower.batched:
+                    q, k = (seen[n].unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for n in names[-2:])
+                    found = received_attention(q, k, attention.scale)[0]
+                else:
+                    found = by_patch(attention, seen, Spans())
+                received[mine] = found * len(mine) / p
+        received[:] = received[every]
+        return result[every].reshape(args[0].shape)
+
+    hooks = [b.register_forward_hook(block, with_kwargs=True, prepend=True) for b in tower.blocks]
+    if not tower.batched and getattr(model.model, "visual", None) and hasattr(model.model.visual, "window_size"):
+        hooks.append(model.model.visual.patch_embed.register_forward_hook(lambda _m, _a, out: embedded.append(out)))
+        hooks.append(tower.blocks[0].register_forward_pre_hook(windows))
+    module = family_module(model.config.model_type).FAMILY.encode.__module__
+    name = "received_attention" if tower.batched else "received_by_patch"
+    by_patch = getattr(sys.modules[module], name)
+    shape = (-1, tower.videos[0][1]) if tower.batched else (-1,)
+    left: list[list[bool]] = []
+    try:
+        with mock.patch.object(sys.modules[module], name, side_effect=lambda *_, **__: received.reshape(shape)):
+            yield left
+    finally:
+        for hook in hooks:
+            hook.remove()
+    own = (every == torch.arange(len(every))).split([p for t, p in tower.videos for _ in range(t)])
+    left[:] = [frame.tolist() for frame in own]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -104,15 +104,28 @@ class Tokens(Layered):
 
 
 class Gate(Section):
-    """Frames that did not change are not encoded (`holimerge.encoder.gate`).
+    """What did not change is not encoded (`holimerge.encoder.gate`).
 
-    threshold: a patch has changed if the mean absolute difference of its pixel values, as the processor scales them,
-        is above this.
-    changed: a frame is encoded if more than this share of its patches has changed, in [0, 1).
+    unit: "frame": a frame is encoded as a whole or takes all its features from the last one that was; "patch": each
+        place of a frame (a patch; where the tower has a merger, the patches of one token) is encoded anew or takes its
+        features from the frame it was last encoded in. Places that are encoded attend to those of their frame alone.
+    threshold: a patch (or place) has changed if the mean absolute difference of its pixel values, as the processor
+        scales them, is above this.
+    changed: a frame is encoded as a whole if more than this share of its patches (or places) has changed, in [0, 1);
+        null for 0 with frames and 0.03 with patches: places
+        without what stands around them are a poor likeness of more than that (eval/tiny/encoder).
     """
 
+    unit: Literal["frame", "patch"] = "frame"
     threshold: float = Field(0.0, ge=0)
-    changed: float = Field(0.0, ge=0, lt=1)
+    changed: float | None = Field(None, ge=0, lt=1)
+
+    @property
+    def most(self) -> float:
+        """The share that `changed` stands for."""
+        if self.changed is None:
+            return 0.03 if self.unit == "patch" else 0.0
+        return self.changed
 
 
 class Encoder(Section):
@@ -135,3 +148,8 @@ class Encoder(Section):
     def kind(self) -> str:
         """The one that is given: frames, tokens or gate."""
         return next(k for k in ("frames", "tokens", "gate") if getattr(self, k) is not None)
+
+    @property
+    def need(self) -> str:
+        """What is asked of a tower: the kind, or patches for a gate of these."""
+        return "patches" if self.gate is not None and self.gate.unit == "patch" else self.kind

@@ -156,10 +156,10 @@ class TokenRun(Run):
         assert self.state is not None
         return [size.shape[1] * self.tower.unit for size in self.state.size for _ in range(size.shape[0])]
 
-    def bias(self, hidden: Tensor) -> Tensor | None:
+    def bias(self, dtype: torch.dtype) -> Tensor | None:
         if self.state is None:
             return None
-        return self.state.size[0].log().to(hidden.dtype)[:, None, None, :]
+        return self.state.size[0].log().to(dtype)[:, None, None, :]
 
     def _widen(self, qkv: Tensor, attention: Any) -> Tensor:
         """Log sizes as one more channel of keys, against ones in the queries: attention of any kernel adds them."""

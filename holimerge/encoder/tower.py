@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..spans import Spans, spans_left
@@ -69,12 +70,14 @@ class EncoderReport:
     total: rows of hidden states that each block would have seen (class tokens among them), all videos together.
     rows: those that each block did see.
     frames: per video, the frames (temporal steps) that the last block saw.
+    pairs: query-key pairs of a head in each block, where parts of frames were left of a sequence; else empty.
     """
 
     kind: str
     total: int = 0
     rows: list[int] = field(default_factory=list)
     frames: list[int] = field(default_factory=list)
+    pairs: list[int] = field(default_factory=list)
 
     @property
     def share(self) -> float:
@@ -91,11 +94,13 @@ class EncoderReport:
             "share": round(self.share, 6),
         }
 
-    def add(self, total: int, rows: list[int], frames: list[int]) -> None:
+    def add(self, total: int, rows: list[int], frames: list[int], pairs: list[int] | None = None) -> None:
         """Count another call of the tower."""
         self.total += total
         self.rows = [a + b for a, b in zip(self.rows or [0] * len(rows), rows, strict=True)]
         self.frames += frames
+        if pairs:
+            self.pairs = [a + b for a, b in zip(self.pairs or [0] * len(pairs), pairs, strict=True)]
 
 
 class Run:
@@ -138,8 +143,13 @@ class Run:
         """Rows of each frame (of all videos) that the block which runs sees."""
         raise NotImplementedError
 
-    def bias(self, hidden: Tensor) -> Tensor | None:
-        """What a batch of frames adds to the logits of its attention."""
+    def spans_left(self, lengths: list[int]) -> list[int]:
+        """Lengths of the spans of what is left of a sequence whose spans had these, empty ones left out."""
+        rows = [p for t, p in self.tower.videos for _ in range(t)]
+        return spans_left(lengths, list(zip(rows, self.rows_left(), strict=True)))
+
+    def bias(self, dtype: torch.dtype) -> Tensor | None:
+        """[F, 1, 1 or n, n]: what a batch of frames adds to the logits of its attention."""
         return None
 
     def query_weight(self) -> Tensor | None:
@@ -149,6 +159,10 @@ class Run:
     def widened(self, tables: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Rotary tables for the width that keys have."""
         return tables
+
+    def count(self) -> None:
+        """Note what the call worked on."""
+        self.report.add(self.tower.rows, self.seen, self.frames())
 
     def hooks(self) -> Hooks:
         tower = self.tower
@@ -164,7 +178,7 @@ class Run:
     def _leave(self, hidden: Tensor) -> Tensor:
         hidden = self._read(hidden)
         self._left = True
-        self.report.add(self.tower.rows, self.seen, self.frames())
+        self.count()
         return hidden
 
     def _all_states(self, output: Any) -> Any:
@@ -172,7 +186,7 @@ class Run:
         output.hidden_states = tuple(
             self.restored(x, i - 1) if i and i in self.tower.states else x for i, x in enumerate(output.hidden_states)
         )
-        self.report.add(self.tower.rows, self.seen, self.frames())
+        self.count()
         return output
 
     def _entering(self, block: int) -> Callable[[Any, Any], Any]:
@@ -183,7 +197,7 @@ class Run:
             self.seen[block] = shorter.shape[:-1].numel()
             if not self.tower.batched:
                 return (shorter, *rest), kwargs if self.kept is None else self._shorter(kwargs, self.kept)
-            bias = self.bias(shorter)
+            bias = self.bias(shorter.dtype)
             if bias is None:
                 return (shorter, *rest), kwargs
             return (shorter, bias), {k: v for k, v in kwargs.items() if k != "attention_mask"}
@@ -202,9 +216,7 @@ class Run:
 
         def ends() -> Tensor:
             known = self.tower.spans
-            rows = [p for t, p in self.tower.videos for _ in range(t)]
-            left = spans_left(known.lengths(spans), list(zip(rows, self.rows_left(), strict=True)))
-            return known.marked(left, spans)
+            return known.marked(self.spans_left(known.lengths(spans)), spans)
 
         return {
             **kwargs,
