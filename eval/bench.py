@@ -7,7 +7,7 @@ tokenizer, so that it runs on a bare GPU machine.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -112,7 +112,7 @@ def bench_model(
     shape: str = "toy",
     model: str | None = None,
     frames: int | None = None,
-    configs: Sequence[str] = ("holitom-10", "holimerge-10"),
+    configs: Sequence[str] | Mapping[str, Any] = ("holitom-10", "holimerge-10"),
     dtype: str = "auto",
     device: str | None = None,
     attn_implementation: str | None = None,
@@ -129,6 +129,7 @@ def bench_model(
     Args:
         shape: "toy", a name of `holimerge.shapes.SHAPES`, or a folder with a config.json: random weights.
         model: a checkpoint to load instead (hub id or folder).
+        configs: presets or paths; or by name whatever `load_config` takes.
         frames: T; default that of the shape.
         dtype: "auto" (bfloat16 on a GPU, float32 elsewhere), "float32", "bfloat16" or "float16".
         device: for instance "cuda:0"; default a GPU if there is one.
@@ -144,7 +145,8 @@ def bench_model(
     """
     from .load import DTYPES, load, read_config
 
-    loaded = {str(name): load_config(name) for name in configs}
+    named = configs if isinstance(configs, Mapping) else {str(name): name for name in configs}
+    loaded = {name: load_config(cfg) for name, cfg in named.items()}
     if not loaded:
         raise ValueError("bench needs at least one configuration")
     if dtype not in DTYPES:

@@ -71,6 +71,17 @@ def benches(gpu: bool) -> list[Bench]:
         else Bench(f"decode-{shapes[0]}", partial(bench_decode, shape=shapes[0], lengths=LENGTHS[:2]))
     )
     if gpu:
+        replayed: dict[str, Any] = {"holimerge-10-fast": "holimerge-10-fast"}
+        replayed |= {
+            f"{name}, replayed tower": {"base": name, "cuda_graph": True}
+            for name in ("holimerge-10", "holimerge-10-fast")
+        }
+        found.append(
+            Bench(
+                f"replayed-{shapes[0]}",
+                partial(bench_model, shape=shapes[0], configs=replayed, repeats=9, new_tokens=0),
+            )
+        )
         found += [  # half the clip: a GPU's time is dear
             Bench(f"reading-{name}-gop", partial(bench_gop, name, gop, device="cuda:0", repeats=2, part=20))
             for name, gop in GOPS.items()

@@ -92,7 +92,7 @@ def test_preset_values(name):
     assert config.inner.retain == 0.5
     assert config.inner.resolve(28) == 18  # the layer of the authors' 7B table
     assert (config.encoder is not None) == name.endswith(("-fast", "-frames"))
-    assert config.cuda_graph == name.endswith("-fast")
+    assert not config.cuda_graph  # no preset relies on what no GPU has run yet
 
 
 def test_the_fast_preset_leaves_three_eighths_of_the_towers_tokens():
