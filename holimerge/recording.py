@@ -25,11 +25,10 @@ def watched(module: nn.Module) -> bool:
 def _stream(device: torch.device) -> torch.cuda.Stream:
     """Where this thread records: cuBLAS keeps a workspace for each stream, which graphs recorded there share, so that
     they should not run at the same time. (torch's streams come from a ring of 32.)"""
-    if not hasattr(_STREAMS, "by_device"):
-        _STREAMS.by_device = {}
-    found: torch.cuda.Stream = _STREAMS.by_device.setdefault(device, None) or torch.cuda.Stream(device)
-    _STREAMS.by_device[device] = found
-    return found
+    streams: dict[torch.device, torch.cuda.Stream] = _STREAMS.__dict__.setdefault("by_device", {})
+    if device not in streams:
+        streams[device] = torch.cuda.Stream(device)
+    return streams[device]
 
 
 def record_cuda(

@@ -112,8 +112,8 @@ class Gate(Section):
     threshold: a patch (or place) has changed if the mean absolute difference of its pixel values, as the processor
         scales them, is above this.
     changed: a frame is encoded as a whole if more than this share of its patches (or places) has changed, in [0, 1);
-        null for 0 with frames and 0.03 with patches: places
-        without what stands around them are a poor likeness of more than that (eval/tiny/encoder).
+        null for 0 with frames and 0.03 with patches, since places without what stands around them are a poor likeness
+        of more than that (on the embedded benchmark).
     """
 
     unit: Literal["frame", "patch"] = "frame"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..section import ConfigError
+from ..tokens import upload
 from .frame_run import FrameRun
 from .gate import Places, encoded_frames, gate_sources, place_sources
 from .options import Encoder
@@ -95,11 +96,11 @@ class Gated:
 
     def encoded(self, device: torch.device) -> Tensor:
         """The frames that are encoded, numbered through all videos."""
-        return torch.tensor(sorted(set(self._of_all())), device=device)
+        return upload(sorted(set(self._of_all())), device)
 
     def index(self, device: torch.device) -> Tensor:
         """Of every frame of all videos, its source's place among those that are encoded."""
-        sources = torch.tensor(self._of_all(), device=device)
+        sources = upload(self._of_all(), device)
         return torch.searchsorted(self.encoded(device), sources)
 
 
