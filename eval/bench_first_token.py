@@ -24,6 +24,7 @@ from .toy import random_model
 
 QUESTION = "What happens in the video?"
 PRESET = "holimerge-10"
+WAYS = ("one after the other", "overlapped", "encoded while read")
 STAGES = ("read", "inputs", "vision", "reduce", "project", "splice", "prefill", "other", "all")
 
 
@@ -31,7 +32,7 @@ class Asked(NamedTuple):
     """A model that is asked about a file.
 
     ask: from a video and its pixels on the model's device (None: of its frames, made here) to the model's inputs.
-    sides: name -> whether reading and preprocessing overlap, and the configuration (None: unpatched), in order.
+    sides: name -> how it is read (one of `WAYS`), and the configuration (None: unpatched), in order.
     """
 
     name: str
@@ -39,7 +40,7 @@ class Asked(NamedTuple):
     settings: Settings
     dtype: str
     ask: Callable[[Video, Any], dict[str, Any]]
-    sides: dict[str, tuple[bool, Config | None]]
+    sides: dict[str, tuple[str, Config | None]]
 
 
 def embedded_model() -> Asked:
@@ -59,11 +60,7 @@ def embedded_model() -> Asked:
         )
         return to_model(inputs, model)
 
-    sides: dict[str, tuple[bool, Config | None]] = {
-        "one after the other": (False, config),
-        "overlapped": (True, config),
-    }
-    return Asked("embedded model", model, settings, "float32", ask, sides)
+    return Asked("embedded model", model, settings, "float32", ask, {way: (way, config) for way in WAYS})
 
 
 def random_weights(shape: str, device: str) -> Asked:
@@ -83,10 +80,10 @@ def random_weights(shape: str, device: str) -> Asked:
         return to_model(made, model)
 
     preset = load_config(PRESET)
-    sides: dict[str, tuple[bool, Config | None]] = {
-        f"{name}, {way}": (overlapped, cfg)
-        for name, cfg in (("unpatched", None), (PRESET, preset))
-        for way, overlapped in (("one after the other", False), ("overlapped", True))
+    sides: dict[str, tuple[str, Config | None]] = {
+        f"{name}, {way}": (way, cfg)
+        for name, cfg, ways in (("unpatched", None, WAYS[:2]), (PRESET, preset, WAYS))
+        for way in ways
     }
     return Asked(f"{shape}, random weights", model, settings, str(dtype).removeprefix("torch."), ask, sides)
 
@@ -97,20 +94,24 @@ def first_token(
     """From the file to the first token, every side in turns after an overlapped run of each that does not count.
 
     One after the other: decoded in one thread, preprocessed on the host, sent to the device; once on a GPU, whose time
-    is dear. Overlapped: `read_pixels` to the model's device and dtype.
+    is dear. Overlapped: `read_pixels` to the model's device and dtype. Encoded while read: the same given the model, so
+    that `read` holds the vision tower too.
 
     Returns:
         ms by side and stage: of `STAGES` those that it has, `all` last (median, min, max, p90, n).
     """
     model, device = asked.model, asked.model.device
 
-    def once(overlapped: bool) -> dict[str, float]:
+    def once(way: str) -> dict[str, float]:
         begin = time.perf_counter()
         pixels = None
-        if overlapped:
-            video, pixels = read_pixels(path, asked.settings, frames=frames, device=device, dtype=model.dtype)
-        else:
+        if way == WAYS[0]:
             video = read_video(path, frames=frames, threads=1)
+        else:
+            tower = model if way == WAYS[2] else None
+            video, pixels = read_pixels(
+                path, asked.settings, frames=frames, device=device, dtype=model.dtype, model=tower
+            )
         read = time.perf_counter()
         inputs = asked.ask(video, pixels)
         if device.type == "cuda":
@@ -127,12 +128,12 @@ def first_token(
     found: dict[str, list[dict[str, float]]] = {name: [] for name in asked.sides}
     for turn in range(repeats + 1):
         for name in list(found) if turn % 2 == 0 else reversed(list(found)):
-            overlapped, config = asked.sides[name]
-            if not overlapped and (turn == 0 or (turn > 1 and device.type == "cuda")):
+            way, config = asked.sides[name]
+            if way == WAYS[0] and (turn == 0 or (turn > 1 and device.type == "cuda")):
                 continue
             say(f"first token, {name}", turn, repeats + 1)
             with patched(model, config):
-                times = once(overlapped)
+                times = once(way)
             if turn:
                 found[name].append(times)
     return {name: {stage: spread(t[stage] for t in times) for stage in times[0]} for name, times in found.items()}

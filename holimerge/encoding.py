@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -85,6 +85,6 @@ class Encoded:
 
         def join(levels: tuple[Level, ...]) -> Level:
             together = torch.cat([level.tokens for level in levels])
-            return Level(together, levels[0].project, lambda: torch.cat([level.whole() for level in levels]))
+            return replace(levels[0], tokens=together, whole=lambda: torch.cat([level.whole() for level in levels]))
 
         return Encoded(tokens, [join(levels) for levels in zip(*(p.levels for p in parts), strict=True)])

@@ -140,8 +140,8 @@ def build_inputs(
     if family == "qwen2_5_vl":
         inputs["mm_token_type_ids"] = (input_ids == config.video_token_id).long() * 2
     if videos:
-        for key in pixels[0]:
-            inputs[key] = torch.cat([p[key] for p in pixels])
+        for key, alone in pixels[0].items():  # a single video's are handed on: they may have been encoded already
+            inputs[key] = alone if len(pixels) == 1 else torch.cat([p[key] for p in pixels])
         if family == "qwen2_5_vl":
             steps = [settings.temporal_patch_size / _sampled_rate(v) for v in videos]
             inputs["second_per_grid_ts"] = torch.tensor(steps, dtype=torch.float32)

@@ -15,6 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .call import CALL, PROMPT, Call, Placed, Prompt, Source, videos_by_row
 from .config import ConfigError
+from .encode_ahead import Ahead, encoded_ahead
 from .encoder.stage import EncoderStage
 from .encoding import Encoded, Grid, Request
 from .placement import FrameImages, Placement, frames_among_images
@@ -171,7 +172,7 @@ class OuterStage:
             )
             records = [keep_everything(grid.frames, grid.rows * grid.columns, _device(arguments)) for grid in grids]
             return output, self._placements(records, grids)
-        parts = self._encode(original, arguments, report)
+        parts = self._encode(original, arguments, grids, report)
         placements = self._placements(self._reduce(parts, videos, targets, report, earlier), grids)
         return self._project(arguments, parts, videos, placements, report), placements
 
@@ -183,23 +184,36 @@ class OuterStage:
             for record, layout in zip(records, layouts, strict=True)
         ]
 
-    def _encode(self, original: Callable[..., Any], arguments: dict[str, Any], report: Report) -> list[Encoded]:
-        outer = self.handle.config.outer
-        assert outer is not None
+    def request(self) -> Request:
+        """How the tower is to be run for the next videos."""
         config = self.handle.config
-        encoder = None
-        if config.encoder is not None:
-            encoder = EncoderStage(config.encoder)
-            report.encoders.append(encoder.report)
-        request = Request(
-            outer.at,
+        assert config.outer is not None
+        return Request(
+            config.outer.at,
             self.handle.method.needs_scores,
             config.chunk_frames,
-            encoder,
+            None if config.encoder is None else EncoderStage(config.encoder),
             graphs=self.handle.graphs,
             attention=config.tower_attention,
         )
+
+    def ahead(self) -> Ahead | None:
+        """What encodes a video while it is read; None where all frames are needed at once, or nothing is reduced."""
+        encoder, family = self.handle.config.encoder, self.handle.family
+        whole = encoder is not None and encoder.tokens is None
+        return None if whole or self.handle.method.reduce is None or not family.video_input else Ahead(self)
+
+    def _encode(
+        self, original: Callable[..., Any], arguments: dict[str, Any], grids: list[Grid], report: Report
+    ) -> list[Encoded]:
+        ahead = encoded_ahead(self, arguments, grids)
+        request = self.request() if ahead is None else ahead.request
+        report.ahead |= ahead is not None
+        if request.encoder is not None:
+            report.encoders.append(request.encoder.report)
         with report.clock.stage("vision", _device(arguments)):
+            if ahead is not None:
+                return ahead.encoded()
             encoded: list[Encoded] = self.handle.family.encode(self.handle.core, original, arguments, request)
         return encoded
 

@@ -5,15 +5,15 @@ resize each frame as soon as it is there, so that no full-size frames are kept; 
 finished ones in chunks. With a CUDA device the frames are collected in one piece of pinned memory, from where the uint8
 values cross over without waiting, and the device normalises and rounds them.
 
-The vision tower does not start before the last frame is there: transformers' models take all pixels as one tensor, so a
-tower fed in pieces would need their forward written anew.
+transformers' models take all pixels of a video as one tensor, so that by itself the vision tower starts when the last
+frame is there. Given a patched model, `read_pixels` runs its tower on the frames as they come.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,6 +21,9 @@ from torch import Tensor
 
 from .preprocess import LLAVA, Settings
 from .video import Taker, Video, read_video
+
+if TYPE_CHECKING:
+    from .encode_ahead import Ahead
 
 RESIZES = ("exact", "decoder")
 
@@ -31,8 +34,9 @@ def read_pixels(
     *,
     resize: str = "exact",
     chunk: int = 8,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    model: Any = None,
     threads: int | None = None,
     **rule: Any,
 ) -> tuple[Video, dict[str, Tensor]]:
@@ -43,8 +47,14 @@ def read_pixels(
         settings: from `preprocess.load_preprocessor`.
         resize: "exact" resizes full frames as the checkpoint's own processor does. "decoder" lets the decoder's colour
             conversion do it: other pixels (`python -m holimerge.eval.bench_reading` says by how much), less work.
-        chunk: frames normalised at a time; the result does not depend on it.
-        device: where the pixels are wanted. dtype: of them, rounded from float32 where they are.
+        chunk: frames normalised (and encoded) at a time; the pixels do not depend on it.
+        device: where the pixels are wanted, by default on the CPU. dtype: of them, by default float32; rounded from it
+            where they are.
+        model: a patched model (`holimerge.patch_model`), whose device and dtype the pixels then have, and whose tower
+            encodes them `chunk` frames at a time, as with `chunk_frames`, while later ones are being decoded. A prompt
+            of it that holds this very tensor (no copy, and no other video) finds that done, as often as it is asked:
+            what the tower gave stays as long as the tensor. Change weights or adapters before reading. Configurations
+            that compare frames inside the tower (`encoder.frames`, `encoder.gate`) encode when the prompt is there.
         threads, **rule: as in `read_video` (frames, sampling, fps, start, ...; not size, which `settings` decide).
 
     Returns:
@@ -52,7 +62,8 @@ def read_pixels(
         `Settings.pixels` gives them, on `device`; video_grid_thw stays on the host.
 
     Raises:
-        ValueError: a wrong resize, chunk or dtype; and everything that `read_video` raises.
+        ValueError: a wrong resize, chunk, device or dtype; a model that is not patched, or of another family than the
+            settings; and everything that `read_video` raises.
     """
     if resize not in RESIZES:
         raise ValueError(f"resize: {resize!r}; valid: {', '.join(RESIZES)}")
@@ -60,20 +71,48 @@ def read_pixels(
         raise ValueError(f"chunk: {chunk!r}; at least 1 frame is needed")
     if "size" in rule or "taker" in rule:
         raise ValueError("size: the preprocessor settings decide it here; read_video takes a size of your own")
-    if not dtype.is_floating_point:
+    if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype: {dtype}; pixels are floating-point numbers, for instance torch.bfloat16")
-    made = _Pixels(settings, resize == "decoder", chunk, torch.device(device), dtype)
+    ahead = None
+    if model is not None:
+        ahead, device, dtype = _tower(model, settings, device, dtype)
+    made = _Pixels(settings, resize == "decoder", chunk, torch.device(device or "cpu"), dtype or torch.float32, ahead)
     video = read_video(source, threads=threads, taker=made, **rule)
     return video, made.inputs()
 
 
+def _tower(
+    model: Any, settings: Settings, device: torch.device | str | None, dtype: torch.dtype | None
+) -> tuple[Ahead | None, torch.device, torch.dtype]:
+    """What encodes for a patched model (None: it needs all frames at once), and its pixels' device and dtype."""
+    from .api import _handle, _inner_model  # only here: they bring transformers' classes
+
+    handle, inner = _handle(model), _inner_model(model)
+    if handle is None:
+        raise ValueError("model: it is not patched; patch it first (holimerge.patch_model), or read without a model")
+    if settings.model_type != inner.config.model_type:
+        raise ValueError(f"model: {inner.config.model_type}, but the settings are for {settings.model_type}")
+    there = inner.device if device is None else torch.empty(0, device=device).device  # "cuda" has a number then
+    for name, given, own in (("device", there, inner.device), ("dtype", dtype or inner.dtype, inner.dtype)):
+        if given != own:
+            raise ValueError(f"{name}: {given}, but the model's is {own}; leave it out where a model is given")
+    return handle.outer.ahead(), inner.device, inner.dtype
+
+
 class _Pixels(Taker):
-    """Preprocesses frames as they come."""
+    """Preprocesses frames as they come, and has them encoded."""
 
     def __init__(
-        self, settings: Settings, by_decoder: bool, chunk: int, device: torch.device, dtype: torch.dtype
+        self,
+        settings: Settings,
+        by_decoder: bool,
+        chunk: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        ahead: Ahead | None,
     ) -> None:
         self._settings, self._by_decoder, self._device, self._dtype = settings, by_decoder, device, dtype
+        self._ahead = ahead
         step = 1 if settings.model_type in LLAVA else settings.temporal_patch_size
         self._chunk = -(-chunk // step) * step  # frames of one patch stay together
 
@@ -117,8 +156,13 @@ class _Pixels(Taker):
             shape[across] = shape[across] // len(frames) * self._count if grid is None else self._rows(grid)
             self._values = torch.empty(shape, dtype=self._dtype, device=self._device)
             self._grid = None if grid is None else torch.zeros_like(grid)
-        self._values.narrow(across, self._at, part.shape[across]).copy_(part)
+        piece = {"pixel_values_videos": self._values.narrow(across, self._at, part.shape[across])}
+        piece["pixel_values_videos"].copy_(part)
         self._at += part.shape[across]
+        if self._ahead is not None:
+            if grid is not None:
+                piece["video_grid_thw"] = grid.to(self._device)
+            self._ahead.add(piece)
         if grid is not None and self._grid is not None:
             self._grid[0, 0] += grid[0, 0]
             self._grid[0, 1:] = grid[0, 1:]
@@ -130,6 +174,8 @@ class _Pixels(Taker):
     def inputs(self) -> dict[str, Tensor]:
         """The pixels, as `Settings.pixels` gives them."""
         assert self._values is not None
+        if self._ahead is not None:
+            self._ahead.keep(self._values)
         found = {"pixel_values_videos": self._values}
         if self._grid is not None:
             found["video_grid_thw"] = self._grid

@@ -84,12 +84,15 @@ class Report:
     inner_layer: decoder layer of the inner merge, or None.
     clock: the stages' clock; `milliseconds` reads it.
     encoders: per time the tower was asked for videos, what a reduction inside it left to do.
+    ahead: whether the tower had encoded the video while it was read (`holimerge.reading`), so that `vision` is no more
+        than joining what it gave.
     """
 
     videos: list[VideoReport] = field(default_factory=list)
     inner_layer: int | None = None
     clock: StageClock = field(default_factory=StageClock)
     encoders: list[EncoderReport] = field(default_factory=list)
+    ahead: bool = False
 
     @property
     def milliseconds(self) -> dict[str, float]:
@@ -97,7 +100,8 @@ class Report:
         return self.clock.milliseconds()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, ready for JSON; `encoders` only where a reduction inside the tower is configured."""
+        """Plain numbers, ready for JSON; `encoders` only where a reduction inside the tower is configured, `ahead` only
+        where it is true."""
         plain: dict[str, Any] = {
             "videos": [v.to_dict() for v in self.videos],
             "inner_layer": self.inner_layer,
@@ -105,6 +109,8 @@ class Report:
         }
         if self.encoders:
             plain["encoders"] = [encoder.to_dict() for encoder in self.encoders]
+        if self.ahead:
+            plain["ahead"] = True
         return plain
 
     def to_json(self, indent: int | None = None) -> str:

@@ -1,0 +1,90 @@
+"""Videos that a patched model's vision tower encodes while they are being read.
+
+The tower runs on a few frames at a time, as with `chunk_frames`, and what it gives waits beside the pixels. A prompt
+with that very tensor then begins with the reduction; any other tensor, a copy of it included, is encoded as ever.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .encoding import Encoded, Grid
+
+if TYPE_CHECKING:
+    from .outer_stage import OuterStage
+
+_PIXELS, _GRID = "pixel_values_videos", "video_grid_thw"
+_KNOWN = WeakTensorKeyDictionary()  # pixels -> their Ahead
+
+
+class Ahead:
+    """One video on its way through the tower of `stage`'s model.
+
+    request: how the tower runs; its report of a reduction inside the tower is about all that came so far.
+    """
+
+    def __init__(self, stage: OuterStage) -> None:
+        self._stage = weakref.ref(stage)
+        self.request = stage.request()
+        self._parts: list[Encoded] = []
+        self._grid = Grid(0, 0, 0)
+        self._modes = _modes(stage)
+        self._version: int | None = None
+
+    def add(self, piece: dict[str, Tensor]) -> None:
+        """Encode the next frames. piece: as `Settings.pixels` gives them, on the tower's device."""
+        stage = self._stage()
+        assert stage is not None
+        family, core = stage.handle.family, stage.handle.core
+        stock = core.__dict__[stage.functions()["video"]].original
+        with torch.no_grad():
+            self._parts += family.encode(core, stock, piece, self.request)
+        (grid,) = family.grids(core, piece)
+        self._grid = grid._replace(frames=self._grid.frames + grid.frames)
+
+    def keep(self, pixels: Tensor) -> None:
+        """That was all; `pixels` holds the frames that were encoded. Both go when nobody has the pixels any more."""
+        self._version = _version(pixels)
+        _KNOWN[pixels] = self
+
+    def fits(self, stage: OuterStage, arguments: Mapping[str, Any], grids: list[Grid]) -> bool:
+        """Whether the tower would do with these arguments what it has done."""
+        if self._stage() is not stage or torch.is_grad_enabled() or self._modes != _modes(stage):
+            return False
+        if grids != [self._grid] or self._version != _version(arguments[_PIXELS]):
+            return False
+        config = stage.handle.core.config
+        others = ((name, value) for name, value in arguments.items() if name not in (_PIXELS, _GRID, "return_dict"))
+        return all(v is None or (not isinstance(v, Tensor) and v == getattr(config, name, None)) for name, v in others)
+
+    def encoded(self) -> list[Encoded]:
+        """What the tower gave, as of one video."""
+        first, *others = self._parts
+        return [first.joined(others)]
+
+
+def encoded_ahead(stage: OuterStage, arguments: Mapping[str, Any], grids: list[Grid]) -> Ahead | None:
+    """What waits beside the pixels among the arguments of the function that encodes videos; None: nothing that fits.
+
+    Not without a video of its own in the tensor, other layers' features, changed pixels, gradients, another training or
+    autocast mode, or another patch of the model.
+    """
+    pixels = arguments.get(_PIXELS)
+    found: Ahead | None = _KNOWN.get(pixels) if isinstance(pixels, Tensor) else None
+    return found if found is not None and found.fits(stage, arguments, grids) else None
+
+
+def _version(pixels: Tensor) -> int | None:
+    """How often a tensor was written to; tensors made in inference mode do not count."""
+    return None if pixels.is_inference() else pixels._version
+
+
+def _modes(stage: OuterStage) -> tuple[Any, ...]:
+    kind = stage.handle.model.device.type
+    return stage.handle.core.training, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
