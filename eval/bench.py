@@ -24,6 +24,7 @@ from holimerge.video_write import synthetic_clip
 from .conditions import conditions
 from .measure import gains, measure_cases
 from .run import devices_of
+from .small_shapes import SMALL
 from .toy import describe, random_model, toy_config
 
 # of the 7B shape in bf16 on a GPU, 32 frames, 10 %
@@ -32,10 +33,10 @@ TIMESTAMP = 6  # tokens of <3.5 seconds>
 
 
 def shape_config(name: str) -> tuple[Any, Shape | None]:
-    """The Hugging Face config of `toy`, of a named shape, or of a folder with a config.json."""
+    """The Hugging Face config of `toy`, of a small or named shape, or of a folder with a config.json."""
     if name == "toy":
         return toy_config(), None
-    shape = load_shape(name)
+    shape = SMALL[name] if name in SMALL else load_shape(name)
     return build_config(shape), shape
 
 
@@ -127,7 +128,7 @@ def bench_model(
     """Measure one prompt unpatched and under each of `configs`.
 
     Args:
-        shape: "toy", a name of `holimerge.shapes.SHAPES`, or a folder with a config.json: random weights.
+        shape: "toy", a name of `SMALL` or of `holimerge.shapes.SHAPES`, or a folder with a config.json: random weights.
         model: a checkpoint to load instead (hub id or folder).
         configs: presets or paths; or by name whatever `load_config` takes.
         frames: T; default that of the shape.

@@ -48,19 +48,24 @@ def benches(gpu: bool) -> list[Bench]:
     from .bench_growth import bench_growth
     from .bench_more_frames import bench_more_frames
     from .bench_planner import GPU_SHAPES as PLANNED
-    from .bench_planner import SHAPES, bench_shape
+    from .bench_planner import bench_shape
     from .bench_reading import GOPS, bench_gop
     from .bench_reduction import CASES, SIDE, WIDTH, bench_case
+    from .small_shapes import SMALL
 
-    shapes = GPU_SHAPES if gpu else ("toy",)
-    # tokens do not merge in the windows of Qwen2.5-VL's tower
-    fast = {shape: "holimerge-10-frames" if "qwen2.5" in shape else "holimerge-10-fast" for shape in shapes}
-    presets = {shape: ("holitom-10", "holimerge-10", fast[shape], "holimerge-25") for shape in shapes}
+    shapes = GPU_SHAPES if gpu else ("toy", *SMALL)
     more, few = ("holimerge-10", "more-frames-10" if gpu else "more-frames-4"), 32 if gpu else 8
-    found = [
-        Bench(f"model-{shape}", partial(bench_model, shape=shape, configs=presets[shape], repeats=9 if gpu else 5))
-        for shape in shapes
-    ]
+    found = []
+    for shape in shapes:
+        # tokens do not merge in the windows of Qwen2.5-VL's tower
+        fast = "holimerge-10-frames" if "qwen2.5" in shape else "holimerge-10-fast"
+        presets = ("holitom-10", "holimerge-10", fast, "holimerge-25")
+        runs = partial(bench_model, shape=shape, configs=presets)
+        if gpu:
+            runs = partial(runs, repeats=9)
+        elif shape in SMALL:
+            runs = partial(runs, warmup=1, repeats=3, new_tokens=0)
+        found.append(Bench(f"model-{shape}", runs))
     found.append(
         Bench(f"more-frames-{shapes[0]}", partial(bench_model, shape=shapes[0], configs=more, frames=few, new_tokens=0))
     )
@@ -86,14 +91,14 @@ def benches(gpu: bool) -> list[Bench]:
             Bench(f"reading-{name}-gop", partial(bench_gop, name, gop, device="cuda:0", repeats=2, part=20))
             for name, gop in GOPS.items()
         ]
-        for name, shape in PLANNED.items():  # the device is measured once, for the first of them
+        for name, planned in PLANNED.items():  # the device is measured once, for the first of them
             first = name == next(iter(PLANNED))
-            found.append(Bench(f"planner-{name}", partial(bench_shape, shape, device="cuda", recalibrate=first)))
+            found.append(Bench(f"planner-{name}", partial(bench_shape, planned, device="cuda", recalibrate=first)))
         return found
     found += [Bench(f"reduction-{frames}x{SIDE * SIDE}x{WIDTH}", partial(bench_case, frames)) for frames in CASES]
     found.append(Bench("more-frames-synthetic", bench_more_frames))
     found += [Bench(f"reading-{name}-gop", partial(bench_gop, name, gop)) for name, gop in GOPS.items()]
-    return found + [Bench(f"planner-{name}", partial(bench_shape, shape)) for name, shape in SHAPES.items()]
+    return found + [Bench(f"planner-{name}", partial(bench_shape, small)) for name, small in SMALL.items()]
 
 
 def changes(stem: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:

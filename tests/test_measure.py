@@ -16,9 +16,10 @@ from toys import make_model, prompt
 
 import holimerge
 from holimerge.eval.bench import bench_inputs, bench_model
-from holimerge.eval.bench_growth import PeakMemory, bench_growth, growth_figure
+from holimerge.eval.bench_growth import bench_growth, growth_figure
 from holimerge.eval.bench_reduction import bench_case
 from holimerge.eval.measure import gains, measure, measure_cases, spread
+from holimerge.eval.peak_memory import PeakMemory
 from holimerge.eval.run import run_once
 from holimerge.eval.toy import random_model, toy_config
 from holimerge.shapes import shape_of

@@ -15,6 +15,7 @@ from holimerge.eval import bench_planner, planning
 from holimerge.eval.bench import bench_inputs
 from holimerge.eval.bench_suite import benches
 from holimerge.eval.cli import app
+from holimerge.eval.small_shapes import SMALL
 from holimerge.shapes import build_config, shape_of
 
 
@@ -110,12 +111,12 @@ def test_budgets_are_read_from_texts():
 
 
 def test_the_bench_has_three_families_and_compares_both_sides(monkeypatch):
-    assert {shape.model_type for shape in bench_planner.SHAPES.values()} == {
+    assert {shape.model_type for shape in SMALL.values()} == {
         "llava_onevision",
         "qwen2_5_vl",
         "qwen3_vl",
     }
-    for shape in bench_planner.SHAPES.values():
+    for shape in SMALL.values():
         config = build_config(shape)
         inputs = bench_inputs(config, frames=4, grid=shape.grid)
         known = shape_of(config).vision
@@ -141,7 +142,7 @@ def test_the_bench_has_three_families_and_compares_both_sides(monkeypatch):
 
 def test_on_a_gpu_the_bench_plans_for_the_published_models(monkeypatch):
     assert [shape.model_type for shape in bench_planner.GPU_SHAPES.values()] == [
-        shape.model_type for shape in bench_planner.SHAPES.values()
+        shape.model_type for shape in SMALL.values()
     ]
     planner = {bench.stem: bench.run.keywords for bench in benches(True) if bench.stem.startswith("planner-")}
     assert list(planner) == [f"planner-{name}" for name in bench_planner.GPU_SHAPES]
