@@ -57,9 +57,7 @@ def benches(gpu: bool) -> list[Bench]:
     more, few = ("holimerge-10", "more-frames-10" if gpu else "more-frames-4"), 32 if gpu else 8
     found = []
     for shape in shapes:
-        # tokens do not merge in the windows of Qwen2.5-VL's tower
-        fast = "holimerge-10-frames" if "qwen2.5" in shape else "holimerge-10-fast"
-        presets = ("holitom-10", "holimerge-10", fast, "holimerge-25")
+        presets = ("holitom-10", "holimerge-10", "holimerge-10-fast", "holimerge-25")
         runs = partial(bench_model, shape=shape, configs=presets)
         if gpu:
             runs = partial(runs, repeats=9)

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any, Literal
 
-from .shapes import Grid, ModelShape, TextShape, VisionShape, shape_of
+from .shapes import Grid, ModelShape, TextShape, VisionShape, shape_of, window_rows
 
 __all__ = [
     "Cost",
@@ -90,35 +90,41 @@ class TowerWork:
 
     embedded: temporal steps whose patches are embedded (fewer only behind a gate).
     blocks: per block (steps, patches of each in attention, patches of each in the MLP).
-    matched: per block the tokens and channels of each step that are compared, (0, 0) for none.
-    pairs: per block the query-key pairs of a head, all steps together, where steps differ; a step in `blocks` is then a
-        single patch.
+    matched: per block the FLOPs of comparing tokens in each step.
+    pairs: per block the query-key pairs of a head, all steps together, where they do not follow from `blocks`; where
+        steps differ, a step in `blocks` is a single patch.
     """
 
     embedded: int
     blocks: tuple[tuple[int, int, int], ...]
-    matched: tuple[tuple[int, int], ...] = ()
+    matched: tuple[int, ...] = ()
     pairs: tuple[int, ...] = ()
 
 
 def merging_tokens(
     vision: VisionShape, steps: int, grid: Grid | None, layers: Sequence[int], gone: Callable[[int, int, int, int], int]
 ) -> TowerWork:
-    """The work where tokens of each step (a token being the patches that one of the LLM's takes in a tower with a
-    merger, else a patch) merge in each of these blocks, as many as `gone` says
+    """The work where tokens of each step, or of each of its windows (a token being the patches that one of the LLM's
+    takes in a tower with a merger, else a patch), merge in each of these blocks, as many as `gone` says
     (`holimerge.encoder.options.Tokens.gone`). It depends on no video."""
-    rows, columns = vision.frame_grid(grid)
-    unit = vision.merge**2
-    total = tokens = rows * columns // unit
-    blocks, matched = [], []
+    cells, unit = vision.frame_grid(grid), vision.merge**2
+    windows = window_rows(cells, vision.window) if vision.window else [cells[0] * cells[1]]
+    totals = [rows // unit for rows in windows]
+    left = totals
+    blocks, matched, pairs = [], [], []
     for block in range(vision.layers):
-        less = 0
+        less = [0] * len(left)
         if block in layers:
-            less = min(gone(list(layers).index(block), len(layers), total, tokens), tokens // 2)
-        matched.append((tokens, unit * (vision.width // vision.heads)) if less else (0, 0))
-        blocks.append((steps, tokens * unit, (tokens - less) * unit))
-        tokens -= less
-    return TowerWork(steps, tuple(blocks), tuple(matched))
+            place = list(layers).index(block)
+            less = [min(gone(place, len(layers), n, m), m // 2) for n, m in zip(totals, left, strict=True)]
+        compared = sum((m - m // 2) * (m // 2) for m, gone_here in zip(left, less, strict=True) if gone_here)
+        matched.append(2 * compared * unit * (vision.width // vision.heads))
+        seen = sum(left) * unit
+        blocks.append((steps, seen, seen - sum(less) * unit))
+        whole = not vision.window or block in vision.full_layers
+        pairs.append(steps * (seen**2 if whole else sum((m * unit) ** 2 for m in left)))
+        left = [m - n for m, n in zip(left, less, strict=True)]
+    return TowerWork(steps, tuple(blocks), tuple(matched), tuple(pairs))
 
 
 def tower_work(vision: VisionShape, encoder: Any, steps: int, grid: Grid | None, seen: Any = None) -> TowerWork | None:
@@ -144,22 +150,20 @@ def tower_work(vision: VisionShape, encoder: Any, steps: int, grid: Grid | None,
 def tower(vision: VisionShape, steps: int, grid: Grid | None = None, work: TowerWork | None = None) -> int:
     """FLOPs of patch embedding and all blocks of the vision tower over `steps` temporal steps (images for SigLIP).
 
-    work: what a reduction inside the tower leaves. Windows stay whole there, as only frames merge in windowed towers;
-    the eight channels that carry the sizes of merged tokens in the keys of Qwen towers are not counted.
+    work: what a reduction inside the tower leaves. The eight channels that carry the sizes of merged tokens in the keys
+    of Qwen towers are not counted.
     """
-    rows, columns = vision.frame_grid(grid)
-    n, d = rows * columns, vision.width
+    grid = vision.frame_grid(grid)
+    n, d = grid[0] * grid[1], vision.width
     blocks = ((steps, n, n),) * vision.layers if work is None else work.blocks
     embed = 2 * n * vision.channels * vision.temporal_patch * vision.patch**2 * d
     total = embed * (steps if work is None else work.embedded)
     for block, (left, attended, transformed) in enumerate(blocks):
-        pairs = left * (vision.attention_pairs((rows, columns), block) if attended == n else attended**2)
-        if work is not None and work.pairs:
-            pairs = work.pairs[block]
+        pairs = work.pairs[block] if work is not None and work.pairs else left * vision.attention_pairs(grid, block)
         mlp = (3 if vision.gated else 2) * d * vision.mlp
         total += left * (2 * attended * 4 * d * d + 2 * transformed * mlp) + 4 * d * pairs
-    for tokens, channels in () if work is None else work.matched:
-        total += 2 * steps * (tokens - tokens // 2) * (tokens // 2) * channels
+    if work is not None:
+        total += steps * sum(work.matched)
     if vision.head:
         left, _, read = blocks[-1]
         total += left * (4 * d * d + 4 * read * d * d + 4 * read * d + 4 * d * vision.mlp)

@@ -98,8 +98,7 @@ class VisionShape:
         """Query-key pairs of one head in one frame at `block`: n^2, or the sum over its windows."""
         if not self.window or block in self.full_layers:
             return (grid[0] * grid[1]) ** 2
-        rows, columns = (_window_edges(edge, self.window) for edge in grid)
-        return sum(r * r for r in rows) * sum(c * c for c in columns)
+        return sum(rows**2 for rows in window_rows(grid, self.window))
 
 
 @dataclass(frozen=True)
@@ -263,9 +262,14 @@ def count_parameters(config: Any) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _window_edges(edge: int, window: int) -> list[int]:
-    """Edges of the windows along one axis: full ones and the rest."""
-    return [window] * (edge // window) + ([edge % window] if edge % window else [])
+def window_rows(grid: Grid, window: int) -> list[int]:
+    """Patches of each attention window of a frame, in the order of a windowed tower's sequence.
+
+    grid: patches (rows, columns) of the frame. window: edge in patches; what is left at the right and below makes
+    smaller ones.
+    """
+    rows, columns = ([window] * (edge // window) + [edge % window] * bool(edge % window) for edge in grid)
+    return [r * c for r in rows for c in columns]
 
 
 def _qwen2(*sizes: int) -> dict[str, Any]:

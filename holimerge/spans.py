@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -36,6 +36,14 @@ class Batches:
         """The same spans, each by itself, in the order of the sequence."""
         return Batches(self.lengths, tuple((n, 1) for n in self.lengths if n))
 
+    def grouped(self, rows: Tensor) -> Tensor:
+        """[S, ...] of the sequence, group by group."""
+        return rows if self.order is None else rows.index_select(0, self.order)
+
+    def in_place(self, rows: Tensor) -> Tensor:
+        """[S, ...] group by group, as the sequence has them."""
+        return rows if self.back is None else rows.index_select(0, self.back)
+
     def attend(self, attention: Callable[..., Tensor], rows: tuple[Tensor, ...], most: Callable[[int], int]) -> Tensor:
         """[S, heads, d']: what attention gives of every span, in the place of its rows.
 
@@ -45,9 +53,7 @@ class Batches:
             most: length of a span -> spans of one call, at least 1.
         """
         assert sum(self.lengths) == rows[0].shape[0]
-        order = self.order
-        if order is not None:
-            rows = tuple(x.index_select(0, order) for x in rows)
+        rows = tuple(map(self.grouped, rows))
         parts, start = [], 0
         for length, count in self.groups:
             step = most(length)
@@ -57,17 +63,20 @@ class Batches:
                 batch = [x[start:stop].unflatten(0, (n, length)).transpose(1, 2) for x in rows]
                 parts.append(attention(*batch).flatten(0, 1))
                 start = stop
-        together = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return together if self.back is None else together.index_select(0, self.back)
+        return self.in_place(parts[0] if len(parts) == 1 else torch.cat(parts))
 
 
-def by_length(lengths: list[int], device: torch.device) -> Batches:
-    """Spans of one length together. Made on the device from where spans begin, without asking it anything."""
-    begins: dict[int, list[int]] = {}
-    for length, begin in zip(lengths, accumulate(lengths, initial=0), strict=False):
+def by_length(lengths: list[int], device: torch.device, kinds: Sequence[int] | None = None) -> Batches:
+    """Spans of one length together. Made on the device from where spans begin, without asking it anything.
+
+    kinds: of each span, to group by instead; spans of a kind have one length.
+    """
+    begins: dict[tuple[int, int], list[int]] = {}
+    kinds = lengths if kinds is None else kinds
+    for kind, length, begin in zip(kinds, lengths, accumulate(lengths, initial=0), strict=False):
         if length:
-            begins.setdefault(length, []).append(begin)
-    groups = tuple((length, len(found)) for length, found in begins.items())
+            begins.setdefault((kind, length), []).append(begin)
+    groups = tuple((length, len(found)) for (_, length), found in begins.items())
     flat = [begin for found in begins.values() for begin in found]
     if flat == sorted(flat):
         return Batches(tuple(lengths), groups)
@@ -109,23 +118,23 @@ class Spans:
         return self._batches[key]
 
 
-def spans_left(lengths: list[int], frames: list[tuple[int, int]]) -> list[int]:
-    """Lengths of the spans of what is left of a sequence of frames; no span lies in two of them.
+def spans_left(lengths: list[int], parts: Sequence[tuple[int, int]]) -> list[int]:
+    """Lengths of the spans of what is left of a sequence, empty ones left out.
 
     Args:
         lengths: of the spans before.
-        frames: of each frame (rows, rows that are left): all of them, none, or some where the frame is one span.
+        parts: of consecutive parts of the sequence (rows, rows that are left). A span begins and ends between two of
+            them, or inside one of which all rows are left, or none.
     """
-    found, spans = [], iter(lengths)
-    for rows, left in frames:
-        seen = 0
-        while seen < rows:
-            length = next(spans)
-            seen += length
-            if left == rows:
-                found.append(length)
-            elif left:
-                assert length == rows
-                found.append(left)
-        assert seen == rows
-    return found
+    marks, places = iter(accumulate(lengths)), [0]
+    start = after = 0
+    mark = next(marks, None)
+    for rows, left in parts:
+        while mark is not None and mark <= start + rows:
+            assert mark == start + rows or left in (0, rows)
+            places.append(after + min(left, mark - start))
+            mark = next(marks, None)
+        start, after = start + rows, after + left
+    assert mark is None
+    assert sum(lengths) == start
+    return [b - a for a, b in pairwise(places) if b > a]

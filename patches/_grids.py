@@ -11,6 +11,7 @@ from torch import Tensor
 from holimerge.capture import captured, first_argument
 from holimerge.encoder.tower import Tower
 from holimerge.encoding import Encoded, Grid, Level, Request
+from holimerge.shapes import window_rows
 from holimerge.tokens import VideoTokens
 
 from ._grid_attention import projections, received_by_patch
@@ -81,17 +82,21 @@ class GridFamily(Family):
         return [one(video) for video in range(len(grids))]
 
     def no_encoder(self, core: Any, kind: str) -> str:
-        if kind == "tokens" and getattr(self.tower(core), "fullatt_block_indexes", None) is not None:
-            return "the tower attends in windows of patches, and merged tokens leave no windows; use frames or gate"
         return ""
 
     def encoder_tower(self, core: Any, arguments: dict[str, Any], frames: list[int]) -> Tower:
+        tower = self.tower(core)
         grid = grid_of(arguments)[1].tolist() if arguments else []
+        edge = 0
+        if getattr(tower, "fullatt_block_indexes", None) is not None:
+            merge = int(tower.spatial_merge_size)
+            edge = int(tower.window_size) // merge // int(tower.patch_size) * merge
         return Tower(
-            blocks=self.tower(core).blocks,
+            blocks=tower.blocks,
             videos=[(t, h * w) for t, h, w in grid],
             readers=self.mergers(core)[1:],
-            unit=int(self.tower(core).spatial_merge_size) ** 2,
+            windows=[rows for t, h, w in grid for rows in window_rows((h, w), edge) * t] if edge else [],
+            unit=int(tower.spatial_merge_size) ** 2,
         )
 
     def _calls(self, arguments: dict[str, Any], chunk: int | None) -> list[tuple[list[int], dict[str, Any]]]:

@@ -5,7 +5,10 @@ Video tokens are reduced; audio tokens stay, with the positions that align both 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
+
+from holimerge.encoder.tower import Tower
 
 from ._grids import GridFamily
 
@@ -13,6 +16,9 @@ from ._grids import GridFamily
 class Thinker(GridFamily):
     since = "5.21"  # before, one module was the thinker's core and its head
     framed = True  # audio of the same time stands between chunks of frames
+
+    def encoder_tower(self, core: Any, arguments: dict[str, Any], frames: list[int]) -> Tower:
+        return replace(super().encoder_tower(core, arguments, frames), names=("norm2", "mlp", "attn", "k"))
 
     def check(self, arguments: dict[str, Any], *, contiguous: bool) -> None:
         if contiguous and arguments.get("input_features") is not None:

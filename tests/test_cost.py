@@ -45,6 +45,7 @@ from holimerge.cost import (
     tower_work,
 )
 from holimerge.encoder.options import Encoder, Tokens
+from holimerge.encoder.token_run import EXTRA
 from holimerge.eval.flop_counter import count_flops, count_flops_by_module
 from holimerge.eval.flops import flops_report
 from holimerge.segment import pair_cosines
@@ -292,13 +293,21 @@ def test_a_tower_that_encodes_what_moved_runs_the_flops_that_are_computed(family
         assert ran == tower(vision, steps, grid, work) == tower(vision, 3 if still else 1, grid)
 
 
-def test_a_tower_that_merges_tokens_runs_the_flops_that_are_computed() -> None:
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_tower_that_merges_tokens_runs_the_flops_that_are_computed(family: str) -> None:
+    grid, steps = (None, 5) if family == "llava" else (GRID, 3)
     for options in ({"r": 7}, {"r": 7, "layers": [1]}, {"keep": 0.3}, {"keep": 0.6, "layers": [0, 2]}):
-        ran, vision, report = count_tower("llava", {"tokens": options})
+        ran, vision, report = count_tower(family, {"tokens": options})
         tokens = Tokens.model_validate(options)
-        work = merging_tokens(vision, 5, None, tokens.resolve("tokens", 3), tokens.gone)
-        assert [steps * attended for steps, attended, _ in work.blocks] == report.rows
-        assert ran == tower(vision, 5, None, work) < tower(vision, 5)
+        layers = tokens.resolve("tokens", vision.layers)
+        work = merging_tokens(vision, steps, grid, layers, tokens.gone)
+        assert [times * attended for times, attended, _ in work.blocks] == report.rows
+        widened = 0 if family == "llava" else sum(work.pairs[layers[0] + 1 :])  # sizes of tokens in eight channels
+        assert ran == tower(vision, steps, grid, work) + 4 * EXTRA * vision.heads * widened
+        assert tower(vision, steps, grid, work) < tower(vision, steps, grid)
+
+
+def test_what_an_encoder_block_saves_is_told_where_it_is_known() -> None:
     config = {"method": "holitom", "budget": {"retain": 0.1}, "encoder": {"tokens": {"r": 16}}}
     merged = flops_report("llava-onevision-7b", config=config)
     plain = flops_report("llava-onevision-7b", config={**config, "encoder": None})

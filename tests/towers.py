@@ -7,6 +7,7 @@ and scores as towers that work on less. Gated patches are done frame by frame, e
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -83,6 +84,18 @@ def frames_by_hand(model: Any, x: dict[str, Tensor], layers: list[int], **rule: 
             hook.remove()
 
 
+def windows_of(model: Any, x: dict[str, Tensor]) -> list[int]:
+    """Rows of the parts of the blocks' sequence whose tokens may merge, counted: windows, or whole frames."""
+    tower, visual = tower_of(model, x), getattr(model.model, "visual", None)
+    if not hasattr(visual, "window_size"):
+        return [p for t, p in tower.videos for _ in range(t)]
+    found, edge = [], visual.window_size // visual.patch_size
+    for t, h, w in x["video_grid_thw"].tolist():
+        of_patch = Counter((row // edge, column // edge) for row in range(h) for column in range(w))
+        found += [of_patch[window] for window in sorted(of_patch)] * t
+    return found
+
+
 @contextmanager
 def tokens_by_hand(model: Any, x: dict[str, Tensor], layers: list[int], r: int) -> Iterator[None]:
     """Tokens that merge are equal from there on, all at the place of the first of their group."""
@@ -90,7 +103,8 @@ def tokens_by_hand(model: Any, x: dict[str, Tensor], layers: list[int], r: int) 
     norm, mlp, attention, _ = tower.names
     first = "layer_norm1" if norm == "layer_norm2" else "norm1"
     unit = tower.unit
-    groups = [[[i] for i in range(p // unit)] for t, p in tower.videos for _ in range(t)]
+    windows = windows_of(model, x)
+    groups = [[[i] for i in range(p // unit)] for p in windows]
 
     def rows(group: list[int]) -> Tensor:
         """[s, unit]: the rows of a frame that belong to a group's tokens."""
@@ -129,9 +143,11 @@ def tokens_by_hand(model: Any, x: dict[str, Tensor], layers: list[int], r: int) 
         if tower.batched:
             keys = keys.unflatten(-1, (module.num_heads, -1)).mean(-2)
         else:
-            keys = keys.chunk(3, -1)[1].unflatten(-1, (module.num_heads, -1)).mean(-2)
+            keys = keys.chunk(3, -1)[1] if tower.names[3] == "qkv" else keys
+            keys = keys.unflatten(-1, (module.num_heads, -1)).mean(-2)
         result = []
-        for f, (frame, metric) in enumerate(zip(frames_of(tower, hidden), frames_of(tower, keys), strict=True)):
+        flat = (y.reshape(-1, y.shape[-1]).split(windows) for y in (hidden, keys))
+        for f, (frame, metric) in enumerate(zip(*flat, strict=True)):
             old = groups[f]
             of_group = torch.stack([metric[rows(group)[0]].flatten() for group in old]).double().numpy()
             groups[f] = [

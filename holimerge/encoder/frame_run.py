@@ -24,11 +24,11 @@ class FrameRun(Run):
     def frames(self) -> list[int]:
         return [len(places) for places in self.places]
 
-    def rows_left(self) -> list[int]:
+    def parts_left(self) -> list[tuple[int, int]]:
         found = []
         for places, (frames, rows) in zip(self.places, self.tower.videos, strict=True):
             left = set(places)
-            found += [rows if frame in left else 0 for frame in range(frames)]
+            found += [(rows, rows if frame in left else 0) for frame in range(frames)]
         return found
 
     def enter(self, block: int, hidden: Tensor) -> Tensor:

@@ -74,10 +74,10 @@ class Tokens(Layered):
     """Similar tokens of a frame become one in these blocks (`holimerge.encoder.tokens`).
 
     layers: blocks of the tower, each an index or a share of the depth in (0, 1); null for all.
-    r: tokens merged away in each frame at each of these blocks (in Qwen ViTs windows of patches, the LLM's tokens); at
-        most half of those there are.
-    keep: instead of r, the share of a frame's tokens that is left behind the last of these blocks, in (0, 1]; equal
-        parts merge at each of them, at most half of those there are.
+    r: tokens merged away in each frame at each of these blocks (in Qwen ViTs a token is the patches of one of the
+        LLM's, and where they attend in windows, r is of each window); at most half of those there are.
+    keep: instead of r, the share of a frame's (or window's) tokens that is left behind the last of these blocks, in
+        (0, 1]; equal parts merge at each of them, at most half of those there are.
     """
 
     first: ClassVar[int] = 0

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..spans import Batches, by_length
 from .options import Tokens
 from .tokens import TokenMerge, match_tokens
 from .tower import EncoderReport, Hooks, Run, Tower
@@ -22,22 +23,25 @@ EXTRA = 8  # channels added to each head of queries and keys; kernels want multi
 
 @dataclass(frozen=True)
 class State:
-    """Per part of the hidden states: the token that holds each original one [T, n0], and how many each holds [T, n]."""
+    """Per part of the hidden states: the token that holds each original one [W, n0], and how many each holds [W, n]."""
 
     owner: list[Tensor]
     size: list[Tensor]
 
 
 class TokenRun(Run):
-    """Parts are videos, or all of them at once where frames are a batch; tokens are `tower.unit` rows each."""
+    """Tokens, `tower.unit` rows each, merge inside windows: frames, or what a tower has of its own. Windows of one size
+    lose equally many, and make a part."""
 
     def __init__(self, tower: Tower, layers: list[int], report: EncoderReport, options: Tokens) -> None:
         super().__init__(tower, layers, report)
         self.options = options
-        videos = tower.videos
-        if tower.batched:
-            videos = [(sum(t for t, _ in videos), videos[0][1])]
-        self.counts = [(t, p // tower.unit) for t, p in videos]
+        windows = tower.windows or [p for t, p in tower.videos for _ in range(t)]
+        self.windows = [rows // tower.unit for rows in windows]
+        sizes = list(dict.fromkeys(self.windows))
+        self.kinds = [sizes.index(n) for n in self.windows]  # the part of each
+        self.counts = [(self.windows.count(n), n) for n in sizes]
+        self._order: dict[tuple[Any, ...], Batches] = {}
         self.state: State | None = None  # until something merges
         self._plans: dict[int, list[TokenMerge]] = {}  # by block
         self._before: list[State | None] = []  # what each block saw
@@ -55,24 +59,43 @@ class TokenRun(Run):
         if not self.tower.batched and not self.options.nothing:
             for block in self.tower.blocks[self.layers[0] + 1 :]:
                 module = block.get_submodule(attention)
+                # queries, keys and values of one layer, or each of its own
+                layers = {keys: (0, 1, 2)} if keys == "qkv" else {"q": (0,), keys: (1,), "v": (2,)}
                 hooks += [
-                    (module.get_submodule(keys), "replace", lambda x, m=module: self._widen(x, m)),
-                    (module.proj, "swap", lambda x, m=module: self._narrow(x, m)),
+                    (module.get_submodule(name), "replace", lambda x, m=module, of=of: self._widen(x, m, of))
+                    for name, of in layers.items()
                 ]
+                hooks.append((module.proj, "swap", lambda x, m=module: self._narrow(x, m)))
         return hooks
 
     # ------------------------------------------------------------------ rows and tokens
 
+    def _parts(self, counts: list[int], device: torch.device) -> Batches:
+        """Where the windows lie in the sequence, when those of each part have so many tokens."""
+        key = (*counts, device)
+        if key not in self._order:
+            self._order[key] = by_length([counts[kind] for kind in self.kinds], device, self.kinds)
+        return self._order[key]
+
+    def _split(self, tokens: Tensor, counts: list[int]) -> list[Tensor]:
+        """[W, n, ...] of each part, whose windows have n tokens, from the tokens of the sequence."""
+        sizes = [many * n for (many, _), n in zip(self.counts, counts, strict=True)]
+        parts = self._parts(counts, tokens.device).grouped(tokens).split(sizes)
+        return [part.unflatten(0, (many, -1)) for part, (many, _) in zip(parts, self.counts, strict=True)]
+
     def _tokens(self, rows: Tensor, counts: list[int]) -> list[Tensor]:
-        """[T, n, unit C] of each part, which has n tokens per frame."""
-        flat = rows.reshape(-1, rows.shape[-1] * self.tower.unit)
-        sizes = [t * n for (t, _), n in zip(self.counts, counts, strict=True)]
-        return [part.unflatten(0, (t, -1)) for part, (t, _) in zip(flat.split(sizes), self.counts, strict=True)]
+        """[W, n, unit C] of each part, whose windows have n tokens."""
+        return self._split(rows.reshape(-1, rows.shape[-1] * self.tower.unit), counts)
+
+    def _in_place(self, parts: list[Tensor]) -> Tensor:
+        """[tokens, ...] in the order of the sequence; parts: [W, n, ...]."""
+        flat = torch.cat([part.flatten(0, 1) for part in parts])
+        return self._parts([part.shape[1] for part in parts], flat.device).in_place(flat)
 
     def _rows(self, parts: list[Tensor]) -> Tensor:
         if self.tower.batched:
             return parts[0]
-        return torch.cat([part.flatten(0, 1) for part in parts]).unflatten(1, (self.tower.unit, -1)).flatten(0, 1)
+        return self._in_place(parts).unflatten(1, (self.tower.unit, -1)).flatten(0, 1)
 
     def _sizes(self, state: State | None, device: torch.device) -> list[Tensor]:
         return state.size if state else [torch.ones(t, n, device=device) for t, n in self.counts]
@@ -137,38 +160,37 @@ class TokenRun(Run):
 
     def _places(self, state: State) -> Tensor:
         """[S']: the rows whose places are left. A merged token stands where the token of set B stood."""
-        parts, start, unit = [], 0, self.tower.unit
-        for (frames, count), kept in zip(self.counts, self._kept(state), strict=True):
-            tokens = (torch.arange(frames, device=kept.device)[:, None] * count + kept).flatten()
-            parts.append((start + tokens[:, None] * unit + torch.arange(unit, device=kept.device)).flatten())
-            start += frames * count * unit
-        return torch.cat(parts)
-
-    def _kept(self, state: State) -> list[Tensor]:
-        """[T, n] of each part: the original token in whose place each one stands."""
-        device = state.size[0].device
-        kept = [torch.arange(n, device=device).expand(t, -1) for t, n in self.counts]
+        device, unit = state.size[0].device, self.tower.unit
+        kept = self._split(torch.arange(sum(self.windows), device=device), [n for _, n in self.counts])
         for block in sorted(self._plans):
             kept = [x.gather(1, plan.kept) for x, plan in zip(kept, self._plans[block], strict=True)]
-        return kept
+        return (self._in_place(kept)[:, None] * unit + torch.arange(unit, device=device)).flatten()
 
-    def rows_left(self) -> list[int]:
+    def parts_left(self) -> list[tuple[int, int]]:
         assert self.state is not None
-        return [size.shape[1] * self.tower.unit for size in self.state.size for _ in range(size.shape[0])]
+        unit, left = self.tower.unit, [size.shape[1] for size in self.state.size]
+        return [(n * unit, left[kind] * unit) for n, kind in zip(self.windows, self.kinds, strict=True)]
 
     def bias(self, dtype: torch.dtype) -> Tensor | None:
         if self.state is None:
             return None
         return self.state.size[0].log().to(dtype)[:, None, None, :]
 
-    def _widen(self, qkv: Tensor, attention: Any) -> Tensor:
-        """Log sizes as one more channel of keys, against ones in the queries: attention of any kernel adds them."""
+    def _widen(self, rows: Tensor, attention: Any, of: tuple[int, ...]) -> Tensor:
+        """Log sizes as one more channel of keys, against ones in the queries: attention of any kernel adds them.
+
+        of: which of queries 0, keys 1 and values 2 the rows hold, side by side.
+        """
         if self.state is None:
-            return qkv
-        x = qkv.unflatten(-1, (3, attention.num_heads, 2, -1))  # rotary tables turn the halves of a head's channels
+            return rows
+        # rotary tables turn the halves of a head's channels
+        x = rows.unflatten(-1, (len(of), attention.num_heads, 2, -1))
         more = x.new_zeros(*x.shape[:-1], EXTRA // 2)
-        more[:, 0, :, 0, 0] = 1
-        more[:, 1, :, 0, 0] = (self._per_row(self.state).log() / attention.scaling).to(x.dtype)[:, None]
+        if 0 in of:
+            more[:, of.index(0), :, 0, 0] = 1
+        if 1 in of:
+            sizes = (self._per_row(self.state).log() / attention.scaling).to(x.dtype)
+            more[:, of.index(1), :, 0, 0] = sizes[:, None]
         return torch.cat([x, more], dim=-1).flatten(1)
 
     def widened(self, tables: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -211,4 +233,4 @@ class TokenRun(Run):
         """[F, n] or [S']: the size of the token that each row belongs to."""
         if self.tower.batched:
             return state.size[0]
-        return torch.cat([s.flatten() for s in state.size]).repeat_interleave(self.tower.unit)
+        return self._in_place(state.size).repeat_interleave(self.tower.unit)

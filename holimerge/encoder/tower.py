@@ -29,6 +29,7 @@ class Tower:
         leaves a frame.
     states: which of those hidden states are read (0 is what enters the first block).
     readers: modules that read hidden states between the blocks of a sequence (deepstack).
+    windows: rows of consecutive parts of the frames, inside which tokens may merge; empty for the frames themselves.
     unit: consecutive rows that stay together.
     fixed: leading rows of a frame that never merge.
     names: of a block's modules, dotted: what its MLP's input comes from, its MLP, its attention, and the module of that
@@ -41,6 +42,7 @@ class Tower:
     output: Any = None
     states: Sequence[int] = ()
     readers: Sequence[Any] = ()
+    windows: Sequence[int] = ()
     unit: int = 1
     fixed: int = 0
     names: tuple[str, str, str, str] = ("norm2", "mlp", "attn", "qkv")
@@ -139,14 +141,13 @@ class Run:
         """Frames of each video that are left."""
         return [t for t, _ in self.tower.videos]
 
-    def rows_left(self) -> list[int]:
-        """Rows of each frame (of all videos) that the block which runs sees."""
+    def parts_left(self) -> list[tuple[int, int]]:
+        """Of consecutive parts of a sequence (rows, rows that the block which runs sees)."""
         raise NotImplementedError
 
     def spans_left(self, lengths: list[int]) -> list[int]:
         """Lengths of the spans of what is left of a sequence whose spans had these, empty ones left out."""
-        rows = [p for t, p in self.tower.videos for _ in range(t)]
-        return spans_left(lengths, list(zip(rows, self.rows_left(), strict=True)))
+        return spans_left(lengths, self.parts_left())
 
     def bias(self, dtype: torch.dtype) -> Tensor | None:
         """[F, 1, 1 or n, n]: what a batch of frames adds to the logits of its attention."""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from ..cost import inner_kept, llm_prefill_exact
-from ..shapes import Grid, ModelShape, TextShape, VisionShape
+from ..shapes import Grid, ModelShape, TextShape, VisionShape, window_rows
 from .device import Device
 from .timeline import Step, by_stage
 
@@ -268,8 +268,7 @@ def _kinds_of_blocks(shape: ModelShape, cells: Grid, steps: int) -> list[tuple[i
     whole = [(cells[0] * cells[1], steps)]
     if not v.window:
         return [(v.layers, whole)]
-    rows, columns = ([v.window] * (edge // v.window) + [edge % v.window] * bool(edge % v.window) for edge in cells)
-    windows = Counter(r * c for r in rows for c in columns)
+    windows = Counter(window_rows(cells, v.window))
     full = sum(block in v.full_layers for block in range(v.layers))
     return [(full, whole), (v.layers - full, [(length, steps * many) for length, many in windows.items()])]
 

@@ -199,16 +199,10 @@ class EncoderSetting:
 
 def encoder_settings(shape: ModelShape, grid: Grid | None = None) -> list[EncoderSetting]:
     """What may be set inside the tower of such a model, mildest first: merging tokens in every block, whose work is
-    known before a video is seen. A windowed tower has none."""
-    vision = shape.vision
-    if vision.window:
-        return []
-    rows, columns = vision.frame_grid(grid)
-    tokens = rows * columns // vision.merge**2
-    amounts = {round(share * tokens / vision.layers) for share in MERGED}
-    encoders = [Encoder(tokens=Tokens(layers=None, r=r)) for r in sorted(amounts) if r]
+    known before a video is seen."""
+    encoders = [Encoder(tokens=Tokens(layers=None, keep=1 - share)) for share in MERGED]
     return [
-        EncoderSetting({"encoder": {"tokens": {"r": found.tokens.r}}}, *tower_left(vision, found, grid))
+        EncoderSetting({"encoder": {"tokens": {"keep": found.tokens.keep}}}, *tower_left(shape.vision, found, grid))
         for found in encoders
         if found.tokens is not None
     ]
@@ -220,7 +214,7 @@ def tower_left(vision: VisionShape, encoder: Encoder | None, grid: Grid | None) 
     work = tower_work(vision, encoder, 1, grid)
     if work is None:
         return 1.0, 0
-    return tower(vision, 1, grid, work) / tower(vision, 1, grid), sum(tokens > 0 for tokens, _ in work.matched)
+    return tower(vision, 1, grid, work) / tower(vision, 1, grid), sum(flops > 0 for flops in work.matched)
 
 
 @dataclass(frozen=True)
