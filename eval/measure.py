@@ -88,6 +88,7 @@ def measure_cases(
         for name in list(cases) if turn % 2 == 0 else reversed(list(cases)):
             step(f"{name}: warm-up" if turn < warmup else f"{name}: run {turn - warmup + 1} of {repeats}")
             with patched(model, configs[name]):
+                _record(model, given[name], configs[name])
                 run = run_once(model, given[name])
             if turn >= warmup:
                 runs[name].append(run)
@@ -95,6 +96,7 @@ def measure_cases(
         if new_tokens:
             step(f"{name}: decoding")
             with patched(model, config):
+                _record(model, given[name], config)
                 decoded[name] = run_once(model, given[name], max_new_tokens=new_tokens + 1, whole=True, memory=False)
         if count:
             from .flop_counter import count_flops
@@ -102,10 +104,26 @@ def measure_cases(
             step(f"{name}: counting FLOPs")
             with patched(model, config):
                 counted[name] = count_flops(functools.partial(run_once, model, given[name], memory=False))
-    return {
+    found = {
         name: summary(model, given[name], configs[name], runs[name], decoded.get(name), counted.get(name))
         for name in cases
     }
+    for name, case in found.items():
+        if case["peak_memory_bytes"] is not None:  # what other cases' prompts hold meanwhile is not this one's
+            case["peak_memory_bytes"] -= _bytes(given) - _bytes({name: given[name]})
+    return found
+
+
+def _bytes(prompts: Mapping[str, Mapping[str, Tensor]]) -> int:
+    """Of all tensors, each counted once."""
+    tensors = {id(x): x for inputs in prompts.values() for x in inputs.values()}
+    return sum(x.numel() * x.element_size() for x in tensors.values())
+
+
+def _record(model: Any, inputs: Mapping[str, Tensor], config: Config | None) -> None:
+    """One prompt that is not timed, where the next one is to replay what this one records."""
+    if config is not None and config.cuda_graph:
+        run_once(model, inputs, memory=False)
 
 
 def measure(

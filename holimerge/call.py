@@ -41,19 +41,22 @@ class Source:
     mask: [B, L] bool, their placeholders, separators included.
     placements: one per video, in the order of the placeholders; None in a chunk of a prompt, whose videos only their
         features still tell.
+    rows: which videos each row holds, once that is known.
     """
 
     mask: Tensor
     placements: list[Placement] | None
+    rows: list[list[int]] | None = None
 
     def by_row(self) -> list[list[int]]:
-        """Which videos each row holds, from the number of its placeholders (asks the device)."""
-        return self.rows_of(self.mask.sum(1).tolist())
+        """Which videos each row holds, from the number of its placeholders (asks the device, once)."""
+        return self.rows_of(self.mask.sum(1).tolist()) if self.rows is None else self.rows
 
     def rows_of(self, held: list[int]) -> list[list[int]]:
         """The same, from the numbers of placeholders themselves."""
         assert self.placements is not None
-        return videos_by_row(held, [p.placeholders for p in self.placements])
+        self.rows = videos_by_row(held, [p.placeholders for p in self.placements])
+        return self.rows
 
     def columns(self) -> list[tuple[int, Tensor]]:
         """Each video's row and the columns of its placeholders (asks the device)."""

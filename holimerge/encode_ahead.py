@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,13 +30,19 @@ class Ahead:
     request: how the tower runs; its report of a reduction inside the tower is about all that came so far.
     """
 
-    def __init__(self, stage: OuterStage) -> None:
-        self._stage = weakref.ref(stage)
+    def __init__(self, stage: OuterStage, device: torch.device) -> None:
+        self._stage, self._device = weakref.ref(stage), device
+        self._modes = _modes(stage, device)
+        self._version = 0
+        self.start()
+
+    def start(self) -> None:
+        """Nothing has come so far; what had is forgotten."""
+        stage = self._stage()
+        assert stage is not None
         self.request = stage.request()
         self._parts: list[Encoded] = []
         self._grid = Grid(0, 0, 0)
-        self._modes = _modes(stage)
-        self._version: int | None = None
 
     def add(self, piece: dict[str, Tensor]) -> None:
         """Encode the next frames. piece: as `Settings.pixels` gives them, on the tower's device."""
@@ -50,14 +57,15 @@ class Ahead:
 
     def keep(self, pixels: Tensor) -> None:
         """That was all; `pixels` holds the frames that were encoded. Both go when nobody has the pixels any more."""
-        self._version = _version(pixels)
+        self._version = pixels._version
+        self.request = replace(self.request, graphs=None)  # they would outlive the patch
         _KNOWN[pixels] = self
 
     def fits(self, stage: OuterStage, arguments: Mapping[str, Any], grids: list[Grid]) -> bool:
         """Whether the tower would do with these arguments what it has done."""
-        if self._stage() is not stage or torch.is_grad_enabled() or self._modes != _modes(stage):
+        if self._stage() is not stage or torch.is_grad_enabled() or self._modes != _modes(stage, self._device):
             return False
-        if grids != [self._grid] or self._version != _version(arguments[_PIXELS]):
+        if grids != [self._grid] or self._version != arguments[_PIXELS]._version:
             return False
         config = stage.handle.core.config
         others = ((name, value) for name, value in arguments.items() if name not in (_PIXELS, _GRID, "return_dict"))
@@ -72,19 +80,16 @@ class Ahead:
 def encoded_ahead(stage: OuterStage, arguments: Mapping[str, Any], grids: list[Grid]) -> Ahead | None:
     """What waits beside the pixels among the arguments of the function that encodes videos; None: nothing that fits.
 
-    Not without a video of its own in the tensor, other layers' features, changed pixels, gradients, another training or
-    autocast mode, or another patch of the model.
+    What does not fit: other videos beside it in the prompt's call, another grid, features of other layers, pixels that
+    were written to, gradients, another training or autocast mode, another patch of the model.
     """
     pixels = arguments.get(_PIXELS)
-    found: Ahead | None = _KNOWN.get(pixels) if isinstance(pixels, Tensor) else None
+    found: Ahead | None = _KNOWN.get(pixels) if isinstance(pixels, Tensor) and not pixels.is_inference() else None
     return found if found is not None and found.fits(stage, arguments, grids) else None
 
 
-def _version(pixels: Tensor) -> int | None:
-    """How often a tensor was written to; tensors made in inference mode do not count."""
-    return None if pixels.is_inference() else pixels._version
-
-
-def _modes(stage: OuterStage) -> tuple[Any, ...]:
-    kind = stage.handle.model.device.type
-    return stage.handle.core.training, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+def _modes(stage: OuterStage, device: torch.device) -> tuple[Any, ...]:
+    core, kind = stage.handle.core, device.type
+    chosen = ("vision_feature_layer", "vision_feature_select_strategy", "_attn_implementation")
+    cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    return core.training, cast, *(repr(getattr(core.config, name, None)) for name in chosen)

@@ -127,6 +127,8 @@ class Handle:
                 module.__dict__[name] = before
         self._attributes.clear()
         self.model.__dict__.pop("_holimerge_handle", None)
+        if self.graphs is not None:  # the handle itself goes with the next collection of cycles
+            self.graphs.clear()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
         twin = memo[id(self)] = object.__new__(type(self))
@@ -406,7 +408,7 @@ class Handle:
     @torch.compiler.disable
     def _leave_prompt(self, call: Call, kwargs: dict[str, Any], output: Any) -> None:
         assert call.report is not None
-        call.report.clock.stop("prefill", kwargs["inputs_embeds"].device)
+        call.report.clock.stop("prefill", kwargs["inputs_embeds"].device, output.last_hidden_state.device)
         if call.packing is not None:
             if self.inner is not None:
                 self.inner.compact(call)

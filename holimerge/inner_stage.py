@@ -17,6 +17,7 @@ from .call import PROMPT
 from .config import ConfigError, Inner
 from .inner import choose_owners, merge_owned
 from .splice import extended, joined, right_aligned
+from .tokens import upload
 
 if TYPE_CHECKING:
     from .call import Call
@@ -185,7 +186,7 @@ class InnerStage:
         assert packing is not None
         answer = labels != -100
         first = answer.long().argmax(1)
-        with_video = torch.tensor([n > 0 for n in packing.counts], device=labels.device)
+        with_video = upload([n > 0 for n in packing.counts], labels.device)
         for row in (with_video & (~answer.any(1) | (first == 0))).nonzero().flatten().tolist():
             raise ValueError(
                 f"labels: row {row} has no answer token after its prompt (every label is -100, or the first is at 0), "

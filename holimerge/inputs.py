@@ -135,7 +135,7 @@ def build_inputs(
     remaining = iter(lengths)
     for token in ids:
         expanded.extend([token] * next(remaining) if token == config.video_token_id else [token])
-    input_ids = torch.tensor([expanded], dtype=torch.int64)
+    input_ids = torch.tensor([expanded], dtype=torch.int64, device="cpu")
     inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
     if family == "qwen2_5_vl":
         inputs["mm_token_type_ids"] = (input_ids == config.video_token_id).long() * 2
@@ -144,7 +144,7 @@ def build_inputs(
             inputs[key] = alone if len(pixels) == 1 else torch.cat([p[key] for p in pixels])
         if family == "qwen2_5_vl":
             steps = [settings.temporal_patch_size / _sampled_rate(v) for v in videos]
-            inputs["second_per_grid_ts"] = torch.tensor(steps, dtype=torch.float32)
+            inputs["second_per_grid_ts"] = torch.tensor(steps, dtype=torch.float32, device="cpu")
     return inputs
 
 

@@ -50,7 +50,7 @@ def side_of(config: Any) -> int:
 def layout_of(config: Any, frames: int) -> Tensor:
     """[M] int64: the token each placeholder of a video of so many frames stands for, -1 for a newline."""
     side = side_of(config)
-    tokens = torch.arange(frames * side * side).view(frames, side, side)
+    tokens = torch.arange(frames * side * side, device="cpu").view(frames, side, side)
     if config.video_newline == "grid":
         tokens = nn.functional.pad(tokens, (0, 1), value=-1)
     elif config.video_newline == "frame":

@@ -22,7 +22,7 @@ from .placement import FrameImages, Placement, frames_among_images
 from .planning.patched import row_of
 from .planning.solve import share_out
 from .report import Report, VideoReport
-from .tokens import MergeRecord, Target, keep_everything
+from .tokens import MergeRecord, Target, keep_everything, upload
 
 if TYPE_CHECKING:
     from .handle import Handle
@@ -180,7 +180,7 @@ class OuterStage:
         family, core = self.handle.family, self.handle.core
         layouts = [family.layout(core, grid) for grid in grids]
         return [
-            Placement(record, None if layout is None else layout.to(record.anchor.device))
+            Placement(record, None if layout is None else upload(layout, record.anchor.device))
             for record, layout in zip(records, layouts, strict=True)
         ]
 
@@ -197,11 +197,14 @@ class OuterStage:
             attention=config.tower_attention,
         )
 
-    def ahead(self) -> Ahead | None:
-        """What encodes a video while it is read; None where all frames are needed at once, or nothing is reduced."""
+    def ahead(self, device: torch.device) -> Ahead | None:
+        """What encodes a video while it is read; None where all frames are needed at once, or nothing is reduced.
+
+        device: of the pixels.
+        """
         encoder, family = self.handle.config.encoder, self.handle.family
         whole = encoder is not None and encoder.tokens is None
-        return None if whole or self.handle.method.reduce is None or not family.video_input else Ahead(self)
+        return None if whole or self.handle.method.reduce is None or not family.video_input else Ahead(self, device)
 
     def _encode(
         self, original: Callable[..., Any], arguments: dict[str, Any], grids: list[Grid], report: Report

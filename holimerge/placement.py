@@ -10,7 +10,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from .tokens import MergeRecord
+from .tokens import MergeRecord, upload
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class FrameImages:
 
     def within(self, mask: Tensor) -> Tensor:
         """Of image placeholders [B, L], those that belong to a video."""
-        flags = torch.tensor([flag for row in self.inside for flag in row], dtype=torch.bool, device=mask.device)
+        flags = upload([flag for row in self.inside for flag in row], mask.device, torch.bool)
         return torch.zeros_like(mask).masked_scatter(mask, flags)
 
 

@@ -334,7 +334,7 @@ def qwen2_vl_pixels(
     cut = planes.reshape(t, temporal_patch_size, 3, h // m, m, p, w // m, m, p)
     #            time, window row, window column, row in it, column in it, colour, frame in patch, pixel row, column
     patches = cut.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(t * h * w, 3 * temporal_patch_size * p * p)
-    return patches, torch.tensor([[t, h, w]], dtype=torch.int64)
+    return patches, torch.tensor([[t, h, w]], dtype=torch.int64, device="cpu")
 
 
 def _qwen_size(
@@ -386,7 +386,7 @@ def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_p
 
 def _planes(frames: np.ndarray | Tensor) -> Tensor:
     """Check uint8 `[T, H, W, 3]` and return it as contiguous `[T, 3, H, W]`."""
-    planes = torch.as_tensor(frames)
+    planes = frames if isinstance(frames, Tensor) else torch.as_tensor(frames, device="cpu")
     if planes.ndim != 4 or planes.shape[-1] != 3 or 0 in planes.shape or planes.dtype != torch.uint8:
         raise ValueError(f"frames must be uint8 [T, H, W, 3], got {planes.dtype} {list(planes.shape)}")
     return planes.permute(0, 3, 1, 2).contiguous()
@@ -415,5 +415,5 @@ def _constants(
     mean: tuple[float, ...], std: tuple[float, ...], rescale: float, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """What `_normalised` subtracts and divides by; kept, since a GPU waits for numbers from the host."""
-    shift, scale = (torch.tensor(x, dtype=torch.float32) * (1.0 / rescale) for x in (mean, std))
+    shift, scale = (torch.tensor(x, dtype=torch.float32, device="cpu") * (1.0 / rescale) for x in (mean, std))
     return shift[:, None, None].to(device), scale[:, None, None].to(device)

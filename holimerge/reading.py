@@ -2,8 +2,8 @@
 
 `read_pixels` gives, bit for bit, what `settings.pixels(read_video(source).frames)` gives. Threads decode ahead and
 resize each frame as soon as it is there, so that no full-size frames are kept; meanwhile this thread normalises the
-finished ones in chunks. With a CUDA device the frames are collected in one piece of pinned memory, from where the uint8
-values cross over without waiting, and the device normalises and rounds them.
+finished ones in chunks. With a CUDA device the uint8 values of each chunk cross over from pinned memory without
+waiting, and the device normalises and rounds them.
 
 transformers' models take all pixels of a video as one tensor, so that by itself the vision tower starts when the last
 frame is there. Given a patched model, `read_pixels` runs its tower on the frames as they come.
@@ -92,11 +92,15 @@ def _tower(
         raise ValueError("model: it is not patched; patch it first (holimerge.patch_model), or read without a model")
     if settings.model_type != inner.config.model_type:
         raise ValueError(f"model: {inner.config.model_type}, but the settings are for {settings.model_type}")
-    there = inner.device if device is None else torch.empty(0, device=device).device  # "cuda" has a number then
-    for name, given, own in (("device", there, inner.device), ("dtype", dtype or inner.dtype, inner.dtype)):
-        if given != own:
-            raise ValueError(f"{name}: {given}, but the model's is {own}; leave it out where a model is given")
-    return handle.outer.ahead(), inner.device, inner.dtype
+    own = inner.device
+    if own.type == "meta":  # accelerate keeps the weights elsewhere
+        own = torch.device(getattr(getattr(inner, "_hf_hook", None), "execution_device", None) or "cpu")
+        own = torch.empty(0, device=own).device
+    there = own if device is None else torch.empty(0, device=device).device  # "cuda" has a number then
+    for name, given, is_own in (("device", there, own), ("dtype", dtype or inner.dtype, inner.dtype)):
+        if given != is_own:
+            raise ValueError(f"{name}: {given}, but the model's is {is_own}; leave it out where a model is given")
+    return handle.outer.ahead(own), own, inner.dtype
 
 
 class _Pixels(Taker):
@@ -118,6 +122,8 @@ class _Pixels(Taker):
 
     def start(self, count: int) -> None:
         self._count, self._at = count, 0
+        if self._ahead is not None:
+            self._ahead.start()
         self._values: Tensor | None = None
         self._grid: Tensor | None = None
 
@@ -128,25 +134,23 @@ class _Pixels(Taker):
         return self._settings.fit(picture, self._count)
 
     def take(self, pictures: Iterator[np.ndarray], count: int) -> np.ndarray:
-        cuda = self._device.type == "cuda"
         held: Tensor | None = None
         for begin in range(0, count, self._chunk):
             for slot, picture in enumerate(itertools.islice(pictures, self._chunk), start=begin):
                 if held is None:
-                    held = torch.empty((count, *picture.shape), dtype=torch.uint8, pin_memory=cuda)
+                    held = torch.empty((count, *picture.shape), dtype=torch.uint8, device="cpu")
                     frames = held.numpy()
                 frames[slot] = picture
             assert held is not None
             self._add(held[begin : begin + self._chunk])
-        assert held is not None
-        if cuda:  # the frames are the caller's from here on
-            torch.cuda.current_stream(self._device).synchronize()
         return frames
 
     def _add(self, frames: Tensor) -> None:
         """Normalise the next frames, on the device where nothing is left to resize there."""
         height, width = frames.shape[1:3]
         fitted = self._settings.frame_size(self._count, height, width) == (height, width)
+        if fitted and self._device.type == "cuda":  # torch keeps the pinned copy until the device has read it
+            frames = frames.pin_memory()
         values = frames.to(self._device, non_blocking=True) if fitted else frames
         made = self._settings.pixels(values, total=self._count)
         part, grid = made["pixel_values_videos"], made.get("video_grid_thw")
@@ -154,7 +158,8 @@ class _Pixels(Taker):
         if self._values is None:
             shape = list(part.shape)
             shape[across] = shape[across] // len(frames) * self._count if grid is None else self._rows(grid)
-            self._values = torch.empty(shape, dtype=self._dtype, device=self._device)
+            with torch.inference_mode(False):  # a tensor that counts how often it is written to
+                self._values = torch.empty(shape, dtype=self._dtype, device=self._device)
             self._grid = None if grid is None else torch.zeros_like(grid)
         piece = {"pixel_values_videos": self._values.narrow(across, self._at, part.shape[across])}
         piece["pixel_values_videos"].copy_(part)

@@ -92,16 +92,20 @@ def by_length(lengths: list[int], device: torch.device, kinds: Sequence[int] | N
 
 
 class Spans:
-    """What is known on the host of the spans in one call of a tower: a tensor that marks them is read once."""
+    """What is known on the host of the spans in one call of a tower: a tensor that marks them is read once at most."""
 
-    def __init__(self) -> None:
+    def __init__(self, expected: Sequence[list[int]] = ()) -> None:
+        """expected: lengths of the ways in which the sequence is cut, as far as they are known: as many spans as one of
+        them has are those."""
+        self._expected = {len(lengths): lengths for lengths in expected}
         self._lengths: dict[int, tuple[Tensor, list[int]]] = {}  # by the tensor's id; kept, so that none is used again
         self._batches: dict[tuple[int, torch.device], Batches] = {}
 
     def lengths(self, ends: Tensor) -> list[int]:
         """Of every span. ends: [n + 1] integers, where spans begin, and the end of the last."""
         if id(ends) not in self._lengths:
-            self._lengths[id(ends)] = (ends, [b - a for a, b in pairwise(ends.tolist())])
+            known = self._expected.get(ends.shape[0] - 1)
+            self._lengths[id(ends)] = (ends, known or [b - a for a, b in pairwise(ends.tolist())])
         return self._lengths[id(ends)][1]
 
     def marked(self, lengths: list[int], like: Tensor) -> Tensor:

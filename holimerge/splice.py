@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ from transformers import Cache
 from .cache import CacheState, cache_state, held_length, set_cache_state
 from .call import PROMPT
 from .positions import new_positions
+from .tokens import upload
 
 if TYPE_CHECKING:
     from .call import Call, Source
@@ -194,7 +196,7 @@ def placeholder_values(sources: Iterable[Source], device: torch.device) -> tuple
         sizes = sizes.masked_scatter(mask, torch.cat([size.to(device) for size, _ in values]))
         if any(not p.record.raster for p in source.placements):
             # text may stand between placeholders, so that a step among them is more than a step in the sequence
-            first = torch.tensor([0, *(p.placeholders for p in source.placements)]).cumsum(0).tolist()
+            first = accumulate((p.placeholders for p in source.placements), initial=0)
             anchor = torch.cat([place.to(device) + start for (_, place), start in zip(values, first, strict=False)])
             column = (~mask).flatten().long().argsort(stable=True)[: anchor.shape[0]] % mask.shape[1]
             offsets = offsets.masked_scatter(mask, column[anchor] - column)
@@ -263,7 +265,7 @@ def pack(call: Call, kwargs: dict[str, Any], cache: Cache | None) -> Packing | N
         packed = embeds.gather(1, index[..., None].expand(-1, -1, embeds.shape[-1]))
         # padding that stands for a dropped token holds NaN; other padding stays what it was
         arguments["inputs_embeds"] = packed.masked_fill(marked.gather(1, index)[..., None], 0)
-        arguments |= _deepstack(kwargs, keep, index, real)
+        arguments |= _deepstack(kwargs, keep, index, real, sum(gone))
     if any(gone) or state is not None:
         # An explicit mask wherever there is no cache: without one, gapped positions would be read as packed sequences.
         needed = padded or cache is None
@@ -283,7 +285,7 @@ def pack(call: Call, kwargs: dict[str, Any], cache: Cache | None) -> Packing | N
         )
         arguments["position_ids"] = positions.gather(-1, index.expand(*positions.shape[:-2], -1, -1))
 
-    lost = torch.tensor(gone, device=device)
+    lost = upload(gone, device)
     after = CacheState(
         hidden=(state.hidden if state is not None else 0) + length - width,
         mask=joined(prior, real, held),
@@ -318,13 +320,18 @@ def _with_axes(positions: Tensor | None) -> Tensor | None:
     return positions.expand(3, -1, -1)
 
 
-def _deepstack(kwargs: dict[str, Any], keep: Tensor, index: Tensor, real: Tensor) -> dict[str, Any]:
-    """The packed rows of features that are added to the first layers' hidden states, and where."""
+def _deepstack(kwargs: dict[str, Any], keep: Tensor, index: Tensor, real: Tensor, gone: int) -> dict[str, Any]:
+    """The packed rows of features that are added to the first layers' hidden states, and where.
+
+    gone: tokens that are dropped, all of which have such features.
+    """
     levels, where = kwargs.get("deepstack_visual_embeds"), kwargs.get("visual_pos_masks")
     if levels is None or where is None:
         return {}
-    where = where.to(keep.device)
-    rows = keep[where].nonzero().squeeze(1)
+    where, count = where.to(keep.device), levels[0].shape[0]
+    # a mask would ask the device how many they are
+    columns = (~where).flatten().long().argsort(stable=True)[:count]
+    rows = (~keep.flatten()[columns]).long().argsort(stable=True)[: count - gone]
     return {
         "visual_pos_masks": where.gather(1, index) & real,
         "deepstack_visual_embeds": [level[rows.to(level.device)] for level in levels],

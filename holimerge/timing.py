@@ -60,9 +60,11 @@ class StageClock:
         else:
             self._host[name] = self._host.get(name, 0.0) - now()
 
-    def stop(self, name: str, device: torch.device) -> None:
-        """End the stage of that name that was started last."""
+    def stop(self, name: str, device: torch.device, last: torch.device | None = None) -> None:
+        """End the stage of that name that was started last. last: the device that finishes it, if that is another."""
         if device.type == "cuda":
+            if last is not None and last.type == "cuda" and last != device:
+                torch.cuda.current_stream(device).wait_stream(torch.cuda.current_stream(last))
             for stage, _, end in reversed(self._events):
                 if stage == name:
                     end.record(torch.cuda.current_stream(device))

@@ -14,7 +14,7 @@ _COPY_BYTES = 2**28  # of a float32 copy held at once
 
 def upload(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """Numbers of the host as a tensor on a device, without waiting for what the device is doing."""
-    tensor = torch.as_tensor(values, dtype=dtype)
+    tensor = torch.as_tensor(values, dtype=dtype, device="cpu")  # whatever the user's default device is
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 

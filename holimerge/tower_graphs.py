@@ -59,6 +59,16 @@ class Graphs:
 
         return Graphs(deepcopy(self.tower, memo))  # graphs name the memory of this one
 
+    def clear(self) -> None:
+        """Give the graphs' memory back."""
+        with self._lock:
+            while self._known:
+                self._forget_oldest()
+
+    def _forget_oldest(self) -> None:
+        _, oldest = self._known.popitem(last=False)
+        oldest.done.synchronize()  # its memory is free only when no stream uses it any more
+
     def run(
         self,
         call: Callable[[Mapping[str, Any]], tuple[list[Tensor | None], Any]],
@@ -90,8 +100,7 @@ class Graphs:
                 for _ in range(WARM_UP):
                     call(arguments)
                 while len(self._known) >= MOST:
-                    _, oldest = self._known.popitem(last=False)
-                    oldest.done.synchronize()  # its memory is free only when no stream uses it any more
+                    self._forget_oldest()
                 self._known[key] = self._captured(call, arguments)
             self._known.move_to_end(key)
             return self._known[key].replay(arguments)

@@ -48,7 +48,7 @@ def gated(
         return arguments, None
     left = [sorted(set(source)) for source in gate.sources]
     shorter = grid.clone()
-    shorter[:, 0] = torch.tensor([len(frames) for frames in left])
+    shorter[:, 0] = upload([len(frames) for frames in left], grid.device)
     kept = [video[frames].flatten(0, 1) for video, frames in zip(videos, left, strict=True)]
     places = [[frames.index(i) for i in source] for frames, source in zip(left, gate.sources, strict=True)]
     return {**arguments, pixels: torch.cat(kept), name: shorter}, places
@@ -58,9 +58,9 @@ def _place_order(tower: Any, rows: int, columns: int) -> Tensor | None:
     """[N]: the order in which the blocks have the tokens of a frame of so many patches; None for raster order."""
     if getattr(tower, "fullatt_block_indexes", None) is None:
         return None
-    frame = torch.tensor([[1, rows, columns]])
+    frame = torch.tensor([[1, rows, columns]], device="cpu")
     order, _ = get_vision_window_index(frame, tower.spatial_merge_size, tower.window_size, tower.patch_size)
-    return order
+    return order.cpu()  # it is made on the user's default device
 
 
 def frames_of(x: Tensor, frames: list[int]) -> Tensor:

@@ -12,6 +12,7 @@ from holimerge.capture import captured, first_argument
 from holimerge.encoder.tower import Tower
 from holimerge.encoding import Encoded, Grid, Level, Request
 from holimerge.shapes import window_rows
+from holimerge.spans import Spans
 from holimerge.tokens import VideoTokens
 
 from ._grid_attention import projections, received_by_patch
@@ -91,12 +92,15 @@ class GridFamily(Family):
         if getattr(tower, "fullatt_block_indexes", None) is not None:
             merge = int(tower.spatial_merge_size)
             edge = int(tower.window_size) // merge // int(tower.patch_size) * merge
+        frames = [h * w for t, h, w in grid for _ in range(t)]
+        windows = [rows for t, h, w in grid for rows in window_rows((h, w), edge) * t] if edge else []
         return Tower(
             blocks=tower.blocks,
             videos=[(t, h * w) for t, h, w in grid],
             readers=self.mergers(core)[1:],
-            windows=[rows for t, h, w in grid for rows in window_rows((h, w), edge) * t] if edge else [],
+            windows=windows,
             unit=int(tower.spatial_merge_size) ** 2,
+            spans=Spans([frames, windows]),
         )
 
     def _calls(self, arguments: dict[str, Any], chunk: int | None) -> list[tuple[list[int], dict[str, Any]]]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from holimerge.attention import rotate
 from holimerge.encoder.tower import Tower
 from holimerge.encoding import Encoded, Grid, Request
+from holimerge.tokens import upload
 
 
 class Family(ABC):
@@ -53,7 +54,7 @@ class Family(ABC):
             return input_ids == token
         assert inputs_embeds is not None
         embedding = core.get_input_embeddings()
-        placeholder = embedding(torch.tensor(token, device=inputs_embeds.device))
+        placeholder = embedding(upload(token, inputs_embeds.device))
         return (inputs_embeds == placeholder).all(-1)
 
     def check(self, arguments: dict[str, Any], *, contiguous: bool) -> None:

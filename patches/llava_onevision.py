@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -56,8 +57,10 @@ def pool(x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
     step = max(1, _POOLED_AT_ONCE.get(x.device.type, 2**27) // (len(index) * x.shape[-1]))
     parts = []
     for frames in x.split(step):
-        first, *others = (frames[:, index[:, corner]] * weight[:, corner, None] for corner in range(4))
-        parts.append(sum(others, first).to(x.dtype))
+        together = frames[:, index[:, 0]] * weight[:, 0, None]
+        for corner in range(1, 4):  # one after the other: four of them would be several times the features
+            together += frames[:, index[:, corner]] * weight[:, corner, None]
+        parts.append(together.to(x.dtype))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -86,7 +89,7 @@ class LlavaOnevision(LlavaFamily):
         return bilinear_taps(self.patches(core), device)
 
     def layout(self, core: Any, grid: Grid) -> Tensor:
-        return torch.cat([torch.arange(grid.total), torch.tensor([-1])])
+        return torch.cat([torch.arange(grid.total, device="cpu"), torch.tensor([-1], device="cpu")])
 
     def separator(self, core: Any) -> Tensor | None:
         return core.image_newline if self.appends_newline else None
@@ -97,15 +100,15 @@ class LlavaOnevision(LlavaFamily):
     def encoded(self, core: Any, hidden: Tensor, grids: list[Grid], scores: Tensor | None, at: str) -> list[Encoded]:
         project: Callable[[Tensor], Tensor] = core.multi_modal_projector
         late, taps = at == "projector_output", self.taps(core, hidden.device)
-        projected = cache(lambda: project(hidden))
+        weak = weakref.ref(core)  # what is encoded ahead of its prompt keeps no model alive
 
         @cache
         def after() -> Tensor:
             # the same operators on the same tensors as the stock code, for all videos at once
-            pooled: Tensor = core.apply_pooling(projected())
+            pooled: Tensor = weak().apply_pooling(project(hidden))  # type: ignore[union-attr]
             return pooled
 
-        shown = pool(projected() if late else hidden.detach(), *taps)
+        shown = pool(project(hidden) if late else hidden.detach(), *taps)
 
         def one(span: slice) -> Encoded:
             tokens = VideoTokens(shown[span].detach(), None if scores is None else scores[span].detach())

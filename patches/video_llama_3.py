@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from holimerge.capture import first_argument
 from holimerge.encoder.tower import Tower
+from holimerge.spans import Spans
+from holimerge.tokens import upload
 
 from ._grids import GridFamily
 
@@ -34,7 +35,8 @@ class VideoLlama3(GridFamily):
     def encoder_tower(self, core: Any, arguments: dict[str, Any], frames: list[int]) -> Tower:
         grid = arguments[first_argument(arguments, "video_grid_thw", "image_grid_thw")].tolist() if arguments else []
         layers, names = core.vision_model.encoder.layers, ("layer_norm2", "mlp", "self_attn", "k_proj")
-        return Tower(blocks=layers, videos=[(t, h * w) for t, h, w in grid], names=names)
+        spans = Spans([[h * w for t, h, w in grid for _ in range(t)]])
+        return Tower(blocks=layers, videos=[(t, h * w) for t, h, w in grid], names=names, spans=spans)
 
     def unit(self, core: Any) -> int:
         return 1  # pooled before the projector
@@ -44,7 +46,7 @@ class VideoLlama3(GridFamily):
         return sizes
 
     def pooled_scores(self, core: Any, received: Tensor, sizes: list[int], grids: Tensor) -> Tensor:
-        merge = torch.tensor(sizes, device=grids.device)
+        merge = upload(sizes, grids.device)
         return core.vision_model.pixel_unshuffle(received[:, None], grids, merge)[:, 0]
 
     def check(self, arguments: dict[str, Any], *, contiguous: bool) -> None:

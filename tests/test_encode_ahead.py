@@ -19,7 +19,7 @@ import holimerge
 from holimerge.eval.bench import prompt_around
 from holimerge.inputs import build_inputs
 from holimerge.preprocess import Settings, default_settings
-from holimerge.reading import read_pixels
+from holimerge.reading import _Pixels, read_pixels
 from holimerge.video import Video, synthetic_clip
 
 FAMILIES = ("llava_onevision", "llava_video", "qwen2_5_vl")
@@ -190,13 +190,30 @@ def test_nothing_else_is_taken_for_the_encoded_tensor(change: Callable[[Any, Any
     assert not holimerge.last_report(model).ahead
 
 
-def test_changed_pixels_change_the_answer() -> None:
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_changed_pixels_change_the_answer(mode: Any) -> None:
+    with mode():
+        _changed_pixels_change_the_answer()
+
+
+def _changed_pixels_change_the_answer() -> None:
     model = holimerge.patch_model(make_model("llava_onevision"), BUDGET)
     pixels = read_pixels(clip(), settings_of(model), chunk=CHUNK, model=model)[1]
     inputs = prompt(model, pixels, 10)
     before = answer(model, inputs)
     pixels["pixel_values_videos"].neg_()
     assert not torch.equal(answer(model, inputs), before)
+
+
+def test_features_of_a_layer_that_the_config_names_later_are_encoded_anew() -> None:
+    model = holimerge.patch_model(make_model("llava_onevision"), BUDGET)
+    pixels = read_pixels(clip(), settings_of(model), chunk=CHUNK, model=model)[1]
+    inputs = prompt(model, pixels, 10)
+    before = answer(model, inputs)
+    model.config.vision_feature_layer = -2
+    with counted(model) as calls:
+        assert not torch.equal(answer(model, inputs), before)
+        assert len(calls) == 1
 
 
 def test_another_layer_another_dtype_and_gradients_are_encoded_anew() -> None:
@@ -270,6 +287,81 @@ def test_the_features_go_with_the_pixels() -> None:
     gc.collect()
     assert len(_KNOWN) == before
     assert ahead() is None
+
+
+@pytest.mark.parametrize("at", ["projector_input", "projector_output"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_pixels_keep_no_model_alive(family: str, at: str) -> None:
+    model = holimerge.patch_model(make_model(family), {**BUDGET, "outer": {"at": at}})
+    pixels = read_pixels(clip(), settings_of(model), chunk=CHUNK, model=model)[1]
+    answer(model, prompt(model, pixels, 10))
+    gone = [weakref.ref(model), weakref.ref(model.model.language_model), weakref.ref(tower_of(model))]
+    del model
+    gc.collect()
+    assert [ref() for ref in gone] == [None] * 3
+    del pixels
+
+
+def test_a_read_that_begins_anew_forgets_what_it_had() -> None:
+    model = holimerge.patch_model(make_model("llava_onevision"), TOKENS)
+    settings = settings_of(model)
+    expected = answer(model, prompt(model, read_pixels(clip(), settings, chunk=CHUNK, model=model)[1], 10))
+    wanted = holimerge.last_report(model).encoders[0].to_dict()
+    ahead = holimerge.api._handle(model).outer.ahead(torch.device("cpu"))  # type: ignore[union-attr]
+    made = _Pixels(settings, False, CHUNK, torch.device("cpu"), torch.float32, ahead)
+    made.start(10)
+    with pytest.raises(RuntimeError, match="another table"):  # a file whose packets are not its frames
+        made.take(_BrokenOff(settings), 10)
+    made.start(10)
+    made.take((settings.fit(picture, 10) for picture in clip()), 10)
+    assert torch.equal(answer(model, prompt(model, made.inputs(), 10)), expected)
+    report = holimerge.last_report(model)
+    assert report.ahead
+    assert report.encoders[0].to_dict() == wanted
+
+
+class _BrokenOff:
+    """Six of ten frames."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.left = [settings.fit(picture, 10) for picture in clip()[::-1][:6]]
+
+    def __iter__(self) -> Any:
+        return self
+
+    def __next__(self) -> np.ndarray:
+        if not self.left:
+            raise RuntimeError("another table")
+        return self.left.pop(0)
+
+
+def test_a_model_whose_first_weights_are_kept_elsewhere() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = make_model("qwen2_5_vl")
+    settings = settings_of(model)
+    holimerge.patch_model(model, BUDGET)
+    expected = answer(model, prompt(model, read_pixels(clip(), settings, chunk=CHUNK, model=model)[1], 10))
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert model.device.type == "meta"
+    with counted(model) as calls:
+        pixels = read_pixels(clip(), settings, chunk=CHUNK, model=model)[1]
+        assert len(calls) == 3
+        found = answer(model, prompt(model, pixels, 10))
+        assert len(calls) == 3
+    assert torch.equal(found, expected)
+
+
+def test_a_default_device_of_the_users_is_not_where_the_host_counts() -> None:
+    model = holimerge.patch_model(make_model("llava_onevision"), BUDGET)
+    plain = read_pixels(clip(), settings_of(model), chunk=CHUNK, model=model)[1]
+    inputs = prompt(model, plain, 10)
+    expected = answer(model, inputs)
+    with torch.device("meta"):  # anything that is made without saying where has no values
+        pixels = read_pixels(clip(), settings_of(model), chunk=CHUNK, model=model)[1]
+        assert torch.equal(pixels["pixel_values_videos"], plain["pixel_values_videos"])
+        with torch.no_grad():
+            model(**inputs)
+    assert torch.equal(answer(model, {**inputs, **pixels}), expected)
 
 
 def test_a_copy_of_the_model_encodes_by_itself() -> None:

@@ -251,6 +251,16 @@ def test_bfloat16_and_both_places_of_the_outer_reduction(kind: str, family: str)
         assert holimerge.last_report(model).encoders[0].share < 1
 
 
+@pytest.mark.parametrize("family", ["llava_onevision", "qwen3_vl"])  # stock Qwen2.5-VL counts on the default device
+@pytest.mark.parametrize("kind", [None, *KINDS])
+def test_the_host_counts_on_the_host_whatever_the_default_device_is(family: str, kind: str | None) -> None:
+    model, x = make(family), prompt(family, frames=12)
+    patch(model, config(None if kind is None else KINDS[kind]))
+    expected = logits(model, x)
+    with torch.device("meta"):
+        assert torch.equal(logits(model, x), expected)
+
+
 # ------------------------------------------------------------------------------------------------ what is refused
 
 

@@ -140,7 +140,6 @@ def test_a_captured_tower_gives_the_bits_of_the_eager_one(encoder, dtype):
                     "llava_onevision", [[5, make_video("llava_onevision", frames=frames, seed=seed), 6, 7]], dtype=dtype
                 )
             )
-            holimerge.unpatch_model(model)
             holimerge.patch_model(model, config)
             plain = logits(model, x)
             if seed == 0 and not change:
@@ -204,12 +203,13 @@ def test_spans_of_one_length_attend_together_on_a_gpu(name, attn, dtype, monkeyp
         assert all(1 <= len(layer) <= 4 for layer in calls)
 
 
+@pytest.mark.parametrize("of", ["qwen2_vl", "qwen2_5_vl"])
 @pytest.mark.parametrize("kind", [None, "tokens"])
-def test_between_two_blocks_of_a_tower_nothing_waits_for_the_gpu(kind):
-    model, x = make_model("qwen2_vl").cuda(), on_gpu(two_videos("qwen2_vl"))
+def test_between_two_blocks_of_a_tower_nothing_waits_for_the_gpu(of, kind):
+    model, x = make_model(of).cuda(), on_gpu(two_videos(of))
     options = None if kind is None else ENCODERS[kind]
     expected, _ = encoded(model, x, options)
-    first, *_, last = attentions(model)  # the marks of spans are read on entering the first
+    first, *_, last = attentions(model)
     first.register_forward_hook(lambda *_: torch.cuda.set_sync_debug_mode("error"))
     last.register_forward_hook(lambda *_: torch.cuda.set_sync_debug_mode("default"))
     try:

@@ -28,6 +28,7 @@ from towers import encoded
 from toys import build, make_model
 
 from holimerge import attention
+from holimerge import spans as spans_module
 from holimerge.encoder.tokens import match_tokens
 from holimerge.registry import family_module
 from holimerge.spans import Spans, by_length, spans_left
@@ -113,7 +114,41 @@ def test_marks_are_read_once_and_those_made_here_never(monkeypatch: pytest.Monke
     assert real(made) == [0, 3, 4]
 
 
+def test_marks_of_spans_that_are_expected_are_never_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    spans = Spans([[6, 6], [4, 2, 4, 2]])
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: pytest.fail("read"))
+    assert spans.lengths(torch.empty(3, dtype=torch.int32, device="meta")) == [6, 6]
+    assert spans.lengths(torch.empty(5, dtype=torch.int32, device="meta")) == [4, 2, 4, 2]
+
+
 # ------------------------------------------------------------------------------------------------ real towers
+
+
+@pytest.mark.parametrize("family", GRIDS)
+@pytest.mark.parametrize("kind", [None, "frames", "tokens", "patches"])
+def test_what_is_expected_of_a_towers_spans_is_what_marks_them(
+    monkeypatch: pytest.MonkeyPatch, family: str, kind: str | None
+) -> None:
+    real, seen = Spans.lengths, set[int]()
+
+    def lengths(self: Spans, ends: torch.Tensor) -> list[int]:
+        found = real(self, ends)
+        assert found == [b - a for a, b in pairwise(ends.tolist())]
+        seen.add(len(found))
+        return found
+
+    monkeypatch.setattr(Spans, "lengths", lengths)
+    model, x = make_model(family), two_videos(family)
+    if kind == "tokens" and family_module(family).FAMILY.no_encoder(model.model, kind):
+        pytest.skip("refused: see tests/test_encoder.py")
+    options = {**ENCODERS, "patches": {"gate": {"unit": "patch", "threshold": 0.05, "changed": 0.5}}}
+    read: list[int] = []
+    monkeypatch.setattr(spans_module, "pairwise", lambda x: read.append(1) or pairwise(x))
+    for request in ({}, {"chunk": 3}):
+        encoded(model, x, None if kind is None else options[kind], attention="batched", **request)
+    assert seen
+    if kind is None:
+        assert not read  # nothing was asked of the device
 
 
 @pytest.mark.parametrize("family", GRIDS)
@@ -159,7 +194,7 @@ def test_attention_is_called_once_for_each_length_and_marks_are_read_once(
         assert len(ours) == len(spans_by_rows(theirs)) < len(theirs)
     kinds = len({tuple(ours) for ours in calls})
     assert kinds == (2 if hasattr(family_module(family).FAMILY.tower(model.model), "fullatt_block_indexes") else 1)
-    assert len(reads) == kinds
+    assert reads == []
     assert len(stock_reads) >= 3 * layers
 
 
@@ -169,7 +204,7 @@ def test_merged_tokens_and_frames_ask_for_no_marks_of_what_is_left(monkeypatch: 
         with reads_of_marks(monkeypatch) as reads, counted(monkeypatch, model) as calls:
             _, report = encoded(model, x, ENCODERS[kind], attention="batched")
         assert report.share < 1
-        assert len(reads) == 1
+        assert reads == []
         assert [len(ours) for ours in calls] == [2] * len(attentions(model))
 
 

@@ -22,6 +22,7 @@ from toys import build, make_model, make_video, prompt
 import holimerge
 from holimerge import tower_graphs as module
 from holimerge.config import ConfigError, load_config
+from holimerge.eval import measure as measuring
 
 TOKENS = {"tokens": {"layers": [1], "r": 2}}
 
@@ -103,6 +104,32 @@ def test_only_so_many_graphs_are_kept(made: list[StandIn]) -> None:
         logits(model, asked(frames))
     assert len(made) == module.MOST + 2  # the first was made again
     assert len(handle_of(model).graphs._known) == module.MOST
+
+
+def test_graphs_go_with_their_patch(made: list[StandIn]) -> None:
+    model = make_model("llava_onevision")
+    holimerge.patch_model(model, config())
+    logits(model, asked())
+    graphs, waited = handle_of(model).graphs, list[int]()
+    made[0].done.synchronize = lambda: waited.append(1)
+    holimerge.unpatch_model(model)  # the patch itself is part of cycles, and may stay for a while
+    assert (len(graphs._known), waited) == (0, [1])
+
+
+def test_a_measured_case_replays_in_every_run_that_counts(made: list[StandIn], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls = make_model("llava_onevision"), list[int]()
+    real = measuring.run_once
+
+    def run_once(model: Any, inputs: Any, **how: Any) -> Any:
+        before = made[-1].replays if made else 0
+        run = real(model, inputs, **how)
+        calls.append(made[-1].replays - before if made else 0)
+        return run
+
+    monkeypatch.setattr(measuring, "run_once", run_once)
+    measuring.measure_cases(model, asked(), {"replayed": config()}, warmup=1, repeats=2, new_tokens=2)
+    assert len(made) == 4  # a patch for each run, which records by itself
+    assert calls[1::2] == [1] * 4
 
 
 def _hook(layer: nn.Module) -> None:

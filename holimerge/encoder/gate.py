@@ -80,7 +80,7 @@ def encoded_frames(sources: Tensor) -> tuple[list[int], Tensor]:
         of every frame the last one up to it that is encoded; and the sources of those that are [T', N], numbered among
         themselves. A frame that is not encoded looks like that last one, place by place.
     """
-    frames = torch.arange(len(sources))
+    frames = torch.arange(len(sources), device="cpu")
     any_place = (sources == frames[:, None]).any(1)
     left = frames[any_place]
     return frames.where(any_place, 0).cummax(0).values.tolist(), torch.searchsorted(left, sources[any_place])
@@ -100,6 +100,6 @@ def row_sources(sources: Tensor, unit: int = 1, fixed: int = 0, order: Tensor | 
     """
     if order is not None:
         sources = sources[:, order]
-    every = torch.arange(len(sources))[:, None].expand(-1, fixed)
+    every = torch.arange(len(sources), device="cpu")[:, None].expand(-1, fixed)
     frame = torch.cat([every, sources.repeat_interleave(unit, 1)], 1)
-    return (frame * frame.shape[1] + torch.arange(frame.shape[1])).flatten()
+    return (frame * frame.shape[1] + torch.arange(frame.shape[1], device="cpu")).flatten()

@@ -44,7 +44,7 @@ class PatchRun(Run):
         self.size = tower.videos[-1][1]  # rows of a frame; the same in all videos but in a sequence of a single call
         source = patches.take(tower.rows)
         self.pairs: list[int] = []  # of each block of a sequence
-        self.own = source == torch.arange(len(source))
+        self.own = source == torch.arange(len(source), device="cpu")
         self.whole = bool(self.own.all())
         rows = self.own.nonzero().flatten()
         videos = self.own.split([t * p for t, p in tower.videos])
@@ -52,13 +52,15 @@ class PatchRun(Run):
         # of the mean row of a frame in attention, as if all were there: scores of several frames stand side by side
         self.shares = torch.cat([(n / p).repeat_interleave(n) for n, (_, p) in zip(frames, tower.videos, strict=True)])
         self.groups: Tensor | None = None  # [B, P], the frame that each row of a batch belongs to, -1 for none
-        place = torch.arange(len(rows))
+        place = torch.arange(len(rows), device="cpu")
         self.filled = rows
         if tower.batched:
             place, self.filled, self.groups = _packed(torch.cat(frames).tolist(), rows, self.size)
-        at = torch.zeros(len(source), dtype=torch.long).index_copy_(0, rows, place)
+        at = torch.zeros(len(source), dtype=torch.long, device="cpu").index_copy_(0, rows, place)
         self.earlier = bool((source < 0).any())
-        behind = len(self.filled) + torch.arange(len(source)) % self.size  # the last frame of the call before
+        behind = (
+            len(self.filled) + torch.arange(len(source), device="cpu") % self.size
+        )  # the last frame of the call before
         self.index = at[source.clamp_min(0)].where(source >= 0, behind)
         self._apart: Tensor | None = None  # [B, 1, P, P] bool, of rows that must not see each other
         self._bias: dict[torch.dtype, Tensor] = {}
@@ -137,10 +139,10 @@ def _packed(counts: list[int], rows: Tensor, size: int) -> tuple[Tensor, Tensor,
             used.append(0)
         begins[frame] = lot * size + used[lot]
         used[lot] += counts[frame]
-    begin, count = torch.tensor(begins), torch.tensor(counts)
-    within = torch.arange(len(rows)) - (count.cumsum(0) - count).repeat_interleave(count)
+    begin, count = (torch.tensor(x, device="cpu") for x in (begins, counts))
+    within = torch.arange(len(rows), device="cpu") - (count.cumsum(0) - count).repeat_interleave(count)
     place = begin.repeat_interleave(count) + within
     filled = rows[:1].repeat(len(used) * size).index_copy_(0, place, rows)
-    frames = torch.arange(len(counts)).repeat_interleave(count)
-    groups = torch.full((len(used) * size,), -1).index_copy_(0, place, frames)
+    frames = torch.arange(len(counts), device="cpu").repeat_interleave(count)
+    groups = torch.full((len(used) * size,), -1, device="cpu").index_copy_(0, place, frames)
     return place, filled, groups.view(-1, size)

@@ -39,7 +39,7 @@ def watched(model: Any) -> Iterator[StageClock]:
 
     def end(module: Any, args: Any, kwargs: Any, output: Any) -> None:
         if kwargs["inputs_embeds"].shape[1] > 1:
-            clock.stop("prefill", kwargs["inputs_embeds"].device)
+            clock.stop("prefill", kwargs["inputs_embeds"].device, output[0].device)
 
     hooks = [
         language_model.register_forward_pre_hook(begin, with_kwargs=True),
