@@ -21,6 +21,8 @@ from holimerge.timing import quiet_clock, reading
 from .bench import bench_inputs
 from .conditions import conditions
 from .measure import measure_cases
+from .peak_memory import PeakMemory
+from .run import patched, run_once
 from .toy import describe, random_model, toy_config
 
 Say = Callable[[str, int, int], None]
@@ -198,9 +200,9 @@ def measure_choices(
 
     Returns:
         name -> `ms` (ttft and stages: median, min, max, p90, n), `tokens`, `error` (predicted / measured - 1 of the
-        time to first token and of each stage, from medians, and of the `memory`), `memory_gib` (the peak: of the
-        allocator on a GPU, else all that is resident, the interpreter and its libraries too; None where there is
-        none), `clock`.
+        time to first token and of each stage, from medians, and of the `memory`, and of it `activations`, what is no
+        weight), `memory_gib` (the peak: of the allocator on a GPU, elsewhere the bytes of all tensors alive at once, in
+        one more run), `clock`.
     """
     first = next(model.parameters())
     (frames,) = {choice.frames for choice in choices.values()}
@@ -224,12 +226,16 @@ def measure_choices(
             if stage in measured and measured[stage]["median"] > 0 and choice.stages[stage] > 0
         }
         peak = runs[name]["peak_memory_bytes"]
-        if peak is not None:
-            error["memory"] = choice.memory_gib / (peak / GIB) - 1
+        if first.device.type != "cuda":
+            with patched(model, cases[name]), PeakMemory() as watch:
+                run_once(model, inputs, memory=False)
+            peak = watch.peak + setting.weights + sum(x.numel() * x.element_size() for x in inputs.values())
+        error["memory"] = choice.memory_gib / (peak / GIB) - 1
+        error["activations"] = (choice.memory_gib * GIB - setting.weights) / (peak - setting.weights) - 1
         found[name] = {
             "ms": {"ttft": ms["ttft"], "stages": measured},
             "tokens": tokens,
-            "memory_gib": None if peak is None else round(peak / GIB, 4),
+            "memory_gib": round(peak / GIB, 4),
             "error": {stage: round(value, 4) for stage, value in error.items()},
             "clock": "the process's time" if clock.__name__ == "process_time" else "the wall clock",
         }
@@ -264,7 +270,7 @@ def show_plan(result: Mapping[str, Any], console: Any) -> None:
     console.print(table)
     after = "" if tokens["after_inner"] is None else f", {tokens['after_inner']} after the inner merge"
     console.print(f"video tokens: {tokens['video']}, entering the LLM {tokens['entering']}{after}", highlight=False)
-    taken = f", measured: {run['memory_gib']:.3g} GiB" if run and run["memory_gib"] is not None else ""
+    taken = f", measured: {run['memory_gib']:.3g} GiB" if run else ""
     console.print(f"memory, predicted: {predicted['memory_gib']:.3g} GiB{taken}", highlight=False)
     console.print(f"FLOPs of the prefill: {100 * predicted['flops']:.1f} %", highlight=False)
     if run:

@@ -14,7 +14,12 @@ _CHUNK_BYTES = {"cpu": 8 * 2**20, "cuda": 256 * 2**20}
 
 def logits_at_once(per_frame: int, device: torch.device) -> int:
     """Frames (or other spans), at least one, whose float32 logits may be held together. per_frame: logits of each."""
-    return max(1, _CHUNK_BYTES.get(device.type, _CHUNK_BYTES["cuda"]) // (per_frame * 4))
+    return frames_at_once(per_frame, device.type)
+
+
+def frames_at_once(per_frame: int, kind: str) -> int:
+    """The same for a kind of device."""
+    return max(1, _CHUNK_BYTES.get(kind, _CHUNK_BYTES["cuda"]) // (per_frame * 4))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,11 @@ from holimerge.eval import bench_planner, planning
 from holimerge.eval.bench import bench_inputs
 from holimerge.eval.bench_suite import benches
 from holimerge.eval.cli import app
+from holimerge.eval.peak_memory import PeakMemory
+from holimerge.eval.run import patched, run_once
 from holimerge.eval.small_shapes import SMALL
+from holimerge.eval.toy import random_model
+from holimerge.planning.predict import Clip, Prompt, Scheme, memory_parts
 from holimerge.shapes import build_config, shape_of
 
 
@@ -160,3 +165,23 @@ def test_on_a_gpu_the_bench_plans_for_the_published_models(monkeypatch):
             for share in (1e-3, 10.0):  # less than is possible; more than enough
                 limits, choice = bench_planner._within(setting, frames, whole, share, 0.25)
                 assert choice.ttft_ms <= limits["ttft_ms"]
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("preset", [None, "holimerge-25", "holitom-25"])
+def test_the_memory_of_a_prompt_is_what_its_tensors_hold(name, preset):
+    known, frames = SMALL[name], 2 if "llava" in name else 6
+    fewer = {**known.config, "text_config": {**known.config["text_config"], "num_hidden_layers": 4}}
+    config = build_config(replace(known, config=fewer))
+    model, shape = random_model(config, attn_implementation="sdpa"), shape_of(config)
+    inputs = bench_inputs(config, frames=frames, grid=known.grid)
+    cfg = None if preset is None else holimerge.load_config({"base": preset, "inner": {"layer": 3, "retain": 0.5}})
+    with patched(model, cfg), PeakMemory() as watch:
+        run = run_once(model, inputs, memory=False)
+    given = sum(x.numel() * x.element_size() for x in inputs.values())
+    scheme = Scheme(None) if cfg is None else Scheme("holitom", cfg.outer.at, 3, 0.5)
+    clip = Clip(shape.vision.steps(frames), known.grid)
+    work = Prompt(shape, (clip,), inputs["input_ids"].shape[1] - run.tokens["features"])
+    parts = memory_parts(work, scheme, run.tokens["entering"])
+    expected = parts["pixels"] + max(parts["tower"], parts["decoder"] + parts["cache"])
+    assert expected == pytest.approx(watch.peak + given, rel=0.15)

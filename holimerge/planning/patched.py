@@ -59,8 +59,9 @@ def row_of(handle: Handle, grids: Sequence[Grid], rest: int) -> Row:
     shape = shape_of(handle.model.config)
     tensors = [*handle.model.parameters(), *handle.model.buffers()]
     weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    element = next(handle.lm.parameters()).element_size()
-    prompt = Prompt(shape, tuple(_clip(shape, grid) for grid in grids), rest, weights, element)
+    first = next(handle.lm.parameters())
+    clips = tuple(_clip(shape, grid) for grid in grids)
+    prompt = Prompt(shape, clips, rest, weights, first.element_size(), first.device.type)
     device = device_of(handle, shape) if budget.ttft_ms is not None else None
     share, merging = tower_left(shape.vision, handle.config.encoder, prompt.clips[0].grid)
     scheme = replace(row.scheme, tower_share=share, merging=merging)

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from ..attention import frames_at_once
 from ..cost import inner_kept, llm_prefill_exact
 from ..shapes import Grid, ModelShape, TextShape, VisionShape, window_rows
 from .device import Device
@@ -63,7 +64,7 @@ class Scheme:
 class Prompt:
     """One row: a model's shape, its videos, and everything that is no video token (`rest`, separators included).
 
-    weights: bytes. element: bytes of an activation.
+    weights: bytes. element: bytes of an activation. kind: of device, cpu or cuda.
     """
 
     shape: ModelShape
@@ -71,6 +72,7 @@ class Prompt:
     rest: int
     weights: int = 0
     element: int = 4
+    kind: str = "cpu"
 
     def tokens(self, clip: Clip) -> int:
         """T N of one video."""
@@ -354,34 +356,43 @@ def cache_bytes(prompt: Prompt, scheme: Scheme, entering: int) -> int:
 def memory_parts(prompt: Prompt, scheme: Scheme, entering: int, *, eager: bool = False) -> dict[str, int]:
     """Bytes of `weights`, `cache`, and the activations alive at once in the `tower` and in the `decoder`.
 
-    The tower's are gone when the decoder runs, but the features (and the prompt's embeddings) stay. eager: attention
-    holds its weights, one layer at a time.
+    The tower's are gone when the decoder runs, but the features (and the prompt's embeddings) stay, and the stock
+    model keeps what the tower returned. eager: attention holds its weights, one layer at a time.
     """
     text, v, e = prompt.shape.text, prompt.shape.vision, prompt.element
     below, _ = prompt.lengths(entering, scheme)
-    tower = pixels = 0
+    stock, levels = scheme.method is None, v.projectors - 1
+    tower = pixels = returned = 0
     for clip in prompt.clips:
         cells = v.frame_grid(clip.grid)
         patches = cells[0] * cells[1]
         steps = max(_pieces(clip.steps, scheme.chunk))
-        block = 3 * v.width + max(4 * v.width, (3 if v.gated else 2) * v.mlp)
+        # in a block: what came in, the sum so far, what is normed, the embedding; queries and keys that were captured
+        # (with the values, where one layer makes them) and the levels that are added to the LLM's first layers
+        captured = 0 if stock else levels + (2 if v.side is not None else 3)
+        block = (4 + captured) * v.width + max(4 * v.width, (3 if v.gated else 2) * v.mlp)
         weights = v.heads * steps * patches**2 * (4 + e) if eager and v.side else 0
-        late = scheme.method is None or scheme.at == "projector_output"
+        late = stock or scheme.at == "projector_output"
         rows = clip.steps * patches
         after = rows // v.merge**2 * (v.projector[1] + v.projector[2]) + rows * v.width if late else 2 * rows * v.width
-        tower = max(tower, e * max(steps * patches * block, after) + weights)
+        scoring = 0
+        if not stock:  # of these the logits and their softmax of some frames at a time
+            at_once = min(steps, frames_at_once(v.heads * patches**2, prompt.kind))
+            scoring = e * steps * patches * (6 + captured) * v.width + at_once * v.heads * patches**2 * (4 + e)
+        tower = max(tower, e * max(steps * patches * block, after) + weights, scoring)
         pixels += e * rows * v.channels * v.temporal_patch * v.patch**2
+        returned += rows * v.width * (2 if v.side is not None else 1) if stock else 0
     length = prompt.rest + prompt.total
     queries, keys = text.heads * text.head_dim, text.kv_heads * text.head_dim
     block = 3 * text.width + max(2 * queries + 2 * keys + text.width, 3 * text.mlp)
     weights = text.heads * below**2 * (4 + e) if eager else 0
-    features = v.projectors * prompt.total * text.width + length * text.width
+    features = (v.projectors + (levels if stock else 0)) * prompt.total * text.width + length * text.width
     return {
         "weights": prompt.weights,
         "cache": cache_bytes(prompt, scheme, entering),
         "pixels": pixels,
         "tower": tower,
-        "decoder": e * (below * block + features) + weights + 4 * text.vocab,
+        "decoder": e * (below * block + features + returned) + weights + 4 * text.vocab,
     }
 
 

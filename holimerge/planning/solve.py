@@ -277,7 +277,8 @@ class Setting:
         """The prompt of one video of `frames` frames."""
         steps = self.shape.vision.steps(frames)
         rest = self.text_tokens + self.separators + self.separators_per_step * steps
-        prompt = Prompt(self.shape, (Clip(steps, self.grid),), rest, self.weights, self.element)
+        kind = self.device.conditions.kind
+        prompt = Prompt(self.shape, (Clip(steps, self.grid),), rest, self.weights, self.element, kind)
         return Row(self.shape.text, (prompt.total,), rest, scheme, prompt, self.device, self.eager)
 
 
