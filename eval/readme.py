@@ -14,6 +14,7 @@ from holimerge.registry import list_presets
 from .demo import FULL_RUN
 from .show import flops_text
 from .show_eval import interval_text
+from .small_shapes import SMALL
 
 BEGIN, END = "<!-- results: written by `python -m holimerge.eval.readme` -->", "<!-- end of results -->"
 
@@ -75,14 +76,20 @@ def _first_token(result: dict[str, Any]) -> list[str]:
 
 
 def ratios_block(folder: Path) -> str:
-    """Markdown for the first token on a GPU, and for the ratios of every result in `folder`."""
+    """Markdown for the first token on a GPU and of small shapes, and for the ratios of every result in `folder`."""
     found = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
-    on_gpu = [r for r in found.values() if r.get("kind") == "model" and r["conditions"]["device_type"] == "cuda"]
+    models = [r for path, r in found.items() if r.get("kind") == "model" and path.stem.startswith("model-")]
+    on_gpu = [r for r in models if r["conditions"]["device_type"] == "cuda"]
+    small = [r for r in models if r["shape"] in SMALL]
     parts = [BEGIN]
     for result in on_gpu:
         parts += [*_first_token(result), ""]
     for note in dict.fromkeys(r["note"] for r in on_gpu if "note" in r):
         parts += [note, ""]
+    if small:
+        parts += ["The same architectures, narrow and shallow, on a CPU, where no launch costs more than its work:", ""]
+    for result in small:
+        parts += [*_first_token(result), ""]
     parts += ["| result | ratio | | machine |", "|---|---|---|---|"]
     for path, result in found.items():
         for name, value in (result.get("ratios") or {}).items():

@@ -27,6 +27,7 @@ from patching import (
 from toys import FAMILIES, SOME, TOYS, build, cases, make_model, make_video, prompt
 
 import holimerge
+from holimerge.call import Source
 
 
 @pytest.fixture(params=FAMILIES)
@@ -494,3 +495,14 @@ def test_reductions_before_and_after_the_projector_agree_where_the_projector_is_
     patch(model, {**cfg, "outer": {"at": "projector_input", "similarity": 0.5}})
     with handle_of(model).replaying(selection):
         torch.testing.assert_close(logits(model, x), after, atol=5e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", SOME)
+def test_which_videos_a_row_holds_is_asked_for_once(family, monkeypatch):
+    """Asked again behind the decoder's layers, a GPU would have to finish them first."""
+    model, x = make_model(family), build(family, batch_rows(family)[0])
+    patch(model, preset("holimerge-25"))
+    rows_of, asked = Source.rows_of, []
+    monkeypatch.setattr(Source, "rows_of", lambda self, held: (asked.append(self), rows_of(self, held))[1])
+    logits(model, x)
+    assert len(asked) == len({id(source) for source in asked}) > 0
