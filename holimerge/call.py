@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,19 @@ if TYPE_CHECKING:
     from .handle import Handle
     from .inner_stage import InnerRun
     from .splice import Continuation, Packing
+
+
+_SIGNATURES: WeakKeyDictionary[Any, inspect.Signature] = WeakKeyDictionary()  # of methods, by their function
+
+
+def signature(method: Callable[..., Any]) -> inspect.Signature:
+    """`inspect.signature` of a bound method, worked out once: it takes longer than launching a kernel."""
+    function = getattr(method, "__func__", None)
+    if function is None:
+        return inspect.signature(method)
+    if function not in _SIGNATURES:
+        _SIGNATURES[function] = inspect.signature(method)
+    return _SIGNATURES[function]
 
 
 class Wrapped:
@@ -221,5 +235,5 @@ def by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     """All arguments of a forward by name."""
     if not args:
         return kwargs
-    names = list(inspect.signature(module.forward).parameters)
+    names = list(signature(module.forward).parameters)
     return {**dict(zip(names, args, strict=False)), **kwargs}

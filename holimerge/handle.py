@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -30,7 +29,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from .cache import cache_state, make_smaller
-from .call import CALL, PROMPT, Call, Prompt, Wrapped, by_name
+from .call import CALL, PROMPT, Call, Prompt, Wrapped, by_name, signature
 from .config import Config, ConfigError
 from .encoder.stage import check
 from .inner_stage import InnerStage
@@ -192,7 +191,7 @@ class Handle:
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self.current() is not None:  # broken off: `generate` never runs inside a forward
             CALL.set(None)
-        bound = inspect.signature(original).bind_partial(*args, **kwargs).arguments
+        bound = signature(original).bind_partial(*args, **kwargs).arguments
         given, inputs = bound.get("generation_config"), bound.get("inputs")
 
         def setting(name: str) -> Any:

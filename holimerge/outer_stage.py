@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .call import CALL, PROMPT, Call, Placed, Prompt, Source, videos_by_row
+from .call import CALL, PROMPT, Call, Placed, Prompt, Source, signature, videos_by_row
 from .config import ConfigError
 from .encode_ahead import Ahead, encoded_ahead
 from .encoder.stage import EncoderStage
@@ -72,7 +71,7 @@ class OuterStage:
             return original(*args, **kwargs)  # the user's own call
         source = call if call is not None else prompt
         assert source is not None
-        bound = inspect.signature(original).bind_partial(*args, **kwargs)
+        bound = signature(original).bind_partial(*args, **kwargs)
         arguments = dict(bound.arguments)
         arguments.update(arguments.pop("kwargs", {}))
         token = _INSIDE.set(True)

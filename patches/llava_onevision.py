@@ -74,11 +74,16 @@ class Pooled(Level):
         return merge_then_project(self.tokens, record, self.project, *self.taps)
 
 
+@cache
+def _appends_newline() -> bool:
+    return "mm_encoder_outputs" in inspect.signature(LlavaOnevisionModel.forward).parameters
+
+
 class LlavaOnevision(LlavaFamily):
     @property
     def appends_newline(self) -> bool:
         """Whether `get_video_features` ends each video with its newline (from transformers 5.18 on)."""
-        return "mm_encoder_outputs" in inspect.signature(LlavaOnevisionModel.forward).parameters
+        return _appends_newline()
 
     def side(self, core: Any) -> int:
         """Tokens per side of a frame."""
