@@ -47,12 +47,13 @@ class Ahead:
     def add(self, piece: dict[str, Tensor]) -> None:
         """Encode the next frames. piece: as `Settings.pixels` gives them, on the tower's device."""
         stage = self._stage()
-        assert stage is not None
+        if stage is None or not stage.attached:
+            raise RuntimeError("the model was unpatched, or patched anew, while a video was being read for it")
         family, core = stage.handle.family, stage.handle.core
         stock = core.__dict__[stage.functions()["video"]].original
+        (grid,) = family.grids(core, piece)
         with torch.no_grad():
             self._parts += family.encode(core, stock, piece, self.request)
-        (grid,) = family.grids(core, piece)
         self._grid = grid._replace(frames=self._grid.frames + grid.frames)
 
     def keep(self, pixels: Tensor) -> None:
@@ -71,6 +72,12 @@ class Ahead:
         others = ((name, value) for name, value in arguments.items() if name not in (_PIXELS, _GRID, "return_dict"))
         return all(v is None or (not isinstance(v, Tensor) and v == getattr(config, name, None)) for name, v in others)
 
+    @property
+    def stale(self) -> bool:
+        """Whether the patch that encoded is gone."""
+        stage = self._stage()
+        return stage is None or not stage.attached
+
     def encoded(self) -> list[Encoded]:
         """What the tower gave, as of one video."""
         first, *others = self._parts
@@ -80,11 +87,14 @@ class Ahead:
 def encoded_ahead(stage: OuterStage, arguments: Mapping[str, Any], grids: list[Grid]) -> Ahead | None:
     """What waits beside the pixels among the arguments of the function that encodes videos; None: nothing that fits.
 
-    What does not fit: other videos beside it in the prompt's call, another grid, features of other layers, pixels that
-    were written to, gradients, another training or autocast mode, another patch of the model.
+    What does not fit: other videos beside it in the prompt's call, another grid, features of other layers, pixels or
+    weights that were written to, gradients, another training or autocast mode, another patch of the model.
     """
     pixels = arguments.get(_PIXELS)
     found: Ahead | None = _KNOWN.get(pixels) if isinstance(pixels, Tensor) and not pixels.is_inference() else None
+    if found is not None and found.stale:
+        del _KNOWN[pixels]
+        return None
     return found if found is not None and found.fits(stage, arguments, grids) else None
 
 
@@ -92,4 +102,7 @@ def _modes(stage: OuterStage, device: torch.device) -> tuple[Any, ...]:
     core, kind = stage.handle.core, device.type
     chosen = ("vision_feature_layer", "vision_feature_select_strategy", "_attn_implementation")
     cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    return core.training, cast, *(repr(getattr(core.config, name, None)) for name in chosen)
+    own = [p for module in core.children() if module is not stage.handle.lm for p in module.parameters()]
+    written = sum(p._version for p in own if not p.is_inference())
+    kinds = {p.dtype for p in own}
+    return core.training, cast, written, kinds, *(repr(getattr(core.config, name, None)) for name in chosen)

@@ -437,16 +437,18 @@ class Handle:
         """Tell each video's report which of its tokens the inner merge kept."""
         assert call.report is not None
         of_record = {id(video.record): video for video in call.report.videos}
-        if len(call.sources) == 1:
-            (source,) = call.sources.values()
-            placements = source.placements
-            assert placements is not None
-            for row, owner in zip(source.by_row(), owners, strict=True):
+        source = next(iter(call.sources.values()))
+        placements, rows = source.placements, source.by_row()
+        assert placements is not None
+        held = [[placements[v].record.kept for v in row] for row in rows]
+        if len(call.sources) == 1 and [sum(counts) for counts in held] == [len(owner) for owner in owners]:
+            for row, counts, owner in zip(rows, held, owners, strict=True):
                 kept = owner == torch.arange(owner.shape[0], device=owner.device)
-                for v, flags in zip(row, kept.split([placements[v].record.kept for v in row]), strict=True):
+                for v, flags in zip(row, kept.split(counts), strict=True):
                     of_record[id(placements[v].record)].inner_kept = flags
             return
-        # videos and images as videos may alternate in a row: every placeholder is asked whose it is
+        # videos and images as videos may alternate in a row, and a mask may hide some of their tokens: every
+        # placeholder is asked whose it is
         assert call.packing is not None
         for source in call.sources.values():
             assert source.placements is not None

@@ -48,6 +48,11 @@ class OuterStage:
     def __init__(self, handle: Handle) -> None:
         self.handle = handle
 
+    @property
+    def attached(self) -> bool:
+        """Whether this is the patch that the model has."""
+        return self.handle.model.__dict__.get("_holimerge_handle") is self.handle
+
     def functions(self) -> dict[str, str]:
         """Kind of placeholder -> the core's function that encodes what it stands for."""
         found = {}  # in the order in which models encode them

@@ -51,10 +51,12 @@ def read_pixels(
         device: where the pixels are wanted, by default on the CPU. dtype: of them, by default float32; rounded from it
             where they are.
         model: a patched model (`holimerge.patch_model`), whose device and dtype the pixels then have, and whose tower
-            encodes them `chunk` frames at a time, as with `chunk_frames`, while later ones are being decoded. A prompt
-            of it that holds this very tensor (no copy, and no other video) finds that done, as often as it is asked:
-            what the tower gave stays as long as the tensor. Change weights or adapters before reading. Configurations
-            that compare frames inside the tower (`encoder.frames`, `encoder.gate`) encode when the prompt is there.
+            encodes them `chunk` frames at a time (as with `chunk_frames`, which counts temporal steps: two frames in
+            Qwen's towers), while later ones are being decoded. A prompt of it that holds this very tensor (no copy, and
+            no other video) finds that done, as often as it is asked: what the tower gave stays as long as the tensor
+            and the patch (`merging` sets another one, and sets the old one anew). Only without gradients: in `generate`
+            and under `torch.no_grad()`. Switch adapters before reading. Configurations that compare frames inside the
+            tower (`encoder.frames`, `encoder.gate`) encode when the prompt is there.
         threads, **rule: as in `read_video` (frames, sampling, fps, start, ...; not size, which `settings` decide).
 
     Returns:

@@ -98,18 +98,28 @@ class Spans:
         """expected: lengths of the ways in which the sequence is cut, as far as they are known: as many spans as one of
         them has are those."""
         self._expected = {len(lengths): lengths for lengths in expected}
+        self._shortened = False
         self._lengths: dict[int, tuple[Tensor, list[int]]] = {}  # by the tensor's id; kept, so that none is used again
         self._batches: dict[tuple[int, torch.device], Batches] = {}
 
     def lengths(self, ends: Tensor) -> list[int]:
         """Of every span. ends: [n + 1] integers, where spans begin, and the end of the last."""
+        # once some are shorter, marks that were copied (to another device) no longer tell by their number what they are
+        return self._known(ends, {} if self._shortened else self._expected)
+
+    def stock(self, ends: Tensor) -> list[int]:
+        """The same of marks as the tower made them, with all rows."""
+        return self._known(ends, self._expected)
+
+    def _known(self, ends: Tensor, expected: dict[int, list[int]]) -> list[int]:
         if id(ends) not in self._lengths:
-            known = self._expected.get(ends.shape[0] - 1)
+            known = expected.get(ends.shape[0] - 1)
             self._lengths[id(ends)] = (ends, known or [b - a for a, b in pairwise(ends.tolist())])
         return self._lengths[id(ends)][1]
 
     def marked(self, lengths: list[int], like: Tensor) -> Tensor:
         """[n + 1] of the type and on the device of `like`: where spans of these lengths begin, and the end."""
+        self._shortened = True
         ends = upload(list(accumulate(lengths, initial=0)), like.device).to(like.dtype)
         self._lengths[id(ends)] = (ends, lengths)
         return ends

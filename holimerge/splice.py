@@ -238,10 +238,13 @@ def pack(call: Call, kwargs: dict[str, Any], cache: Cache | None) -> Packing | N
     # the one read of the device: how long the rows become, and how many video tokens and placeholders they hold
     tail = (keep & ~(dropped | video).flip(1).cummax(1).values.flip(1)).sum(1)  # what comes after all videos
     held_by = [source.mask.to(device).sum(1) for source in call.sources.values()]
+    visual = _visual(kwargs, device)
+    if visual is not None:
+        held_by.append((visual & keep).sum(1))
     numbers = torch.stack([keep.sum(1), dropped.sum(1), video.sum(1), tail, *held_by]).tolist()
     lengths, gone, counts, after = numbers[:4]
     if call.placements is not None:
-        for source, placeholders in zip(call.sources.values(), numbers[4:], strict=True):
+        for source, placeholders in zip(call.sources.values(), numbers[4:], strict=False):
             source.rows_of(placeholders)  # refuses a row that ends inside a video
 
     moved = any(gone) or handle.force_packing
@@ -265,7 +268,8 @@ def pack(call: Call, kwargs: dict[str, Any], cache: Cache | None) -> Packing | N
         packed = embeds.gather(1, index[..., None].expand(-1, -1, embeds.shape[-1]))
         # padding that stands for a dropped token holds NaN; other padding stays what it was
         arguments["inputs_embeds"] = packed.masked_fill(marked.gather(1, index)[..., None], 0)
-        arguments |= _deepstack(kwargs, keep, index, real, sum(gone))
+        if visual is not None:
+            arguments |= _deepstack(kwargs["deepstack_visual_embeds"], visual, keep, index, real, sum(numbers[-1]))
     if any(gone) or state is not None:
         # An explicit mask wherever there is no cache: without one, gapped positions would be read as packed sequences.
         needed = padded or cache is None
@@ -320,18 +324,19 @@ def _with_axes(positions: Tensor | None) -> Tensor | None:
     return positions.expand(3, -1, -1)
 
 
-def _deepstack(kwargs: dict[str, Any], keep: Tensor, index: Tensor, real: Tensor, gone: int) -> dict[str, Any]:
-    """The packed rows of features that are added to the first layers' hidden states, and where.
-
-    gone: tokens that are dropped, all of which have such features.
-    """
+def _visual(kwargs: dict[str, Any], device: torch.device) -> Tensor | None:
+    """[B, L] bool: the columns whose features are also added to the first layers' hidden states; None without any."""
     levels, where = kwargs.get("deepstack_visual_embeds"), kwargs.get("visual_pos_masks")
-    if levels is None or where is None:
-        return {}
-    where, count = where.to(keep.device), levels[0].shape[0]
+    return None if levels is None or where is None else where.to(device)
+
+
+def _deepstack(
+    levels: list[Tensor], where: Tensor, keep: Tensor, index: Tensor, real: Tensor, left: int
+) -> dict[str, Any]:
+    """The packed rows of such features, and where they go. left: how many of them are kept."""
     # a mask would ask the device how many they are
-    columns = (~where).flatten().long().argsort(stable=True)[:count]
-    rows = (~keep.flatten()[columns]).long().argsort(stable=True)[: count - gone]
+    columns = (~where).flatten().long().argsort(stable=True)[: levels[0].shape[0]]
+    rows = (~keep.flatten()[columns]).long().argsort(stable=True)[:left]
     return {
         "visual_pos_masks": where.gather(1, index) & real,
         "deepstack_visual_embeds": [level[rows.to(level.device)] for level in levels],

@@ -171,12 +171,23 @@ def _patched_anew(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     return inputs
 
 
+def _weights(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    with torch.no_grad():
+        next(tower_of(model).parameters()).mul_(1.0)
+    return inputs
+
+
+def _dtype(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    model.bfloat16()
+    return inputs
+
+
 def _training(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     model.model.train()
     return inputs
 
 
-@pytest.mark.parametrize("change", [_copied, _written, _patched_anew, _training])
+@pytest.mark.parametrize("change", [_copied, _written, _patched_anew, _training, _weights, _dtype])
 def test_nothing_else_is_taken_for_the_encoded_tensor(change: Callable[[Any, Any], dict[str, Any]]) -> None:
     model = holimerge.patch_model(make_model("llava_onevision"), BUDGET)
     pixels = read_pixels(clip(), settings_of(model), chunk=CHUNK, model=model)[1]
@@ -271,6 +282,32 @@ def test_a_batch_of_beams_and_samples_uses_what_is_there() -> None:
     expected = model.generate(**inputs, num_beams=2, do_sample=False, max_new_tokens=3)
     assert torch.equal(found, expected)
     assert spent <= 1
+
+
+def test_another_patch_gives_the_features_memory_back() -> None:
+    from holimerge.encode_ahead import _KNOWN
+
+    model = holimerge.patch_model(make_model("llava_onevision"), BUDGET)
+    pixels = read_pixels(clip(), settings_of(model), chunk=CHUNK, model=model)[1]
+    inputs, before = prompt(model, pixels, 10), len(_KNOWN)
+    with holimerge.merging(model, BUDGET):
+        answer(model, inputs)
+    assert len(_KNOWN) == before - 1
+
+
+def test_a_patch_that_goes_while_a_video_is_read_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = holimerge.patch_model(make_model("llava_onevision"), BUDGET)
+    settings, stock, seen = settings_of(model), Settings.fit, [0]
+
+    def fit(self: Settings, picture: np.ndarray, frames: int) -> np.ndarray:
+        seen[0] += 1
+        if seen[0] == CHUNK + 2:
+            holimerge.unpatch_model(model)
+        return stock(self, picture, frames)
+
+    monkeypatch.setattr(Settings, "fit", fit)
+    with pytest.raises(RuntimeError, match="unpatched, or patched anew, while a video was being read"):
+        read_pixels(list(clip()), settings, chunk=CHUNK, model=model)
 
 
 def test_the_features_go_with_the_pixels() -> None:

@@ -23,10 +23,11 @@ from patching import (
     preset,
     recomputed,
 )
-from toys import FAMILIES, TOYS, build, cases, make_model, make_video, prompt
+from toys import FAMILIES, TOYS, VIDEO, build, cases, make_model, make_video, prompt
 from transformers import StaticCache
 
 import holimerge
+from holimerge.splice import _deepstack, right_aligned
 
 INNER = [False, True]
 PROMPT = ("input_ids", "attention_mask", "mm_token_type_ids")
@@ -350,3 +351,29 @@ def test_an_inner_merge_needs_a_layer_above_it_that_keeps_tokens():
     model = make_model("qwen3_5", num_hidden_layers=3, layer_types=layers)
     with pytest.raises(holimerge.ConfigError, match=r"inner.layer: 2 cannot be used: .* valid: none"):
         holimerge.patch_model(model, preset("holimerge-25", True))
+
+
+@pytest.mark.parametrize("with_levels", [name for name in ("qwen3_vl", "qwen3_5", "qwen2_5_vl") if name in TOYS])
+def test_a_mask_may_hide_placeholders_of_a_video(with_levels):
+    """Features that are added to the first layers have no row for what is hidden."""
+    model, x = make_model(with_levels), prompt(with_levels, frames=8)
+    inside = (x["input_ids"][0] == VIDEO).nonzero().flatten()[2:6]
+    x["attention_mask"] = x["attention_mask"].clone()
+    x["attention_mask"][0, inside] = 0
+    x["position_ids"] = torch.arange(x["input_ids"].shape[1])[None, None].expand(3, 1, -1)
+    for inner in INNER:
+        patch(model, preset("holimerge-25", inner))
+        assert torch.isfinite(logits(model, x)).all()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_rows_of_added_features_are_those_that_masks_would_take(seed):
+    torch.manual_seed(seed)
+    where, keep = torch.rand(2, 3, 14) < torch.tensor([0.6, 0.7])[:, None, None]
+    index = right_aligned(keep, int(keep.sum(1).max()))
+    real = keep.gather(1, index)
+    levels = [torch.randn(int(where.sum()), 4) for _ in range(2)]
+    found = _deepstack(levels, where, keep, index, real, int((where & keep).sum()))
+    assert torch.equal(found["visual_pos_masks"], where.gather(1, index) & real)
+    for level, ours in zip(levels, found["deepstack_visual_embeds"], strict=True):
+        assert torch.equal(ours, level[keep[where]])

@@ -276,7 +276,7 @@ def test_a_models_own_sizes_are_measured_and_kept(name, monkeypatch):
         assert min(flow[stage] for stage in ("tower_layer", "decoder_layer", "other")) >= 0
     assert min(patched[stage] for stage in ("project", "splice", "inner", "reduce")) > 0
     assert (stock["attention_call"] > 0) is (v.side is None)
-    assert (patched["merging"] > 0) is not bool(v.window)
+    assert patched["merging"] > 0
     clip = Clip(2, None if v.side else tiny.CELLS)
     for scheme in (Scheme(None), Scheme("holitom", layer=2, retain=0.5)):
         stages = predict(Prompt(shape, (clip,), 5), found, scheme, 4)

@@ -121,7 +121,34 @@ def test_marks_of_spans_that_are_expected_are_never_read(monkeypatch: pytest.Mon
     assert spans.lengths(torch.empty(5, dtype=torch.int32, device="meta")) == [4, 2, 4, 2]
 
 
+def test_copied_marks_of_shorter_spans_are_read() -> None:
+    ends = torch.tensor([0, 6, 12], dtype=torch.int32)
+    spans = Spans([[6, 6]])
+    assert spans.stock(ends) == spans.lengths(ends.clone()) == [6, 6]
+    shorter = spans.marked([4, 3], ends)
+    assert spans.lengths(shorter.clone()) == [4, 3]  # as accelerate copies them to a block's device
+    assert spans.stock(ends.clone()) == [6, 6]
+
+
 # ------------------------------------------------------------------------------------------------ real towers
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("kind", [None, "frames", "tokens", "gate"])
+@pytest.mark.parametrize("mode", ["stock", "batched"])
+def test_blocks_whose_marks_are_copied_give_the_same(family: str, kind: str | None, mode: str) -> None:
+    model, x = make_model(family), two_videos(family)
+    options = None if kind is None else ENCODERS[kind]
+    expected, _ = encoded(model, x, options, attention=mode)
+    for block in model.model.visual.blocks:  # as when a tower is split over several devices
+        forward = block.forward
+
+        def moved(*args: Any, forward: Any = forward, **kwargs: Any) -> Any:
+            return forward(*args, **{**kwargs, "cu_seqlens": kwargs["cu_seqlens"].clone()})
+
+        block.forward = moved
+    ours, _ = encoded(model, x, options, attention=mode)
+    assert_same(ours, expected, 0.0)
 
 
 @pytest.mark.parametrize("family", GRIDS)
@@ -129,15 +156,15 @@ def test_marks_of_spans_that_are_expected_are_never_read(monkeypatch: pytest.Mon
 def test_what_is_expected_of_a_towers_spans_is_what_marks_them(
     monkeypatch: pytest.MonkeyPatch, family: str, kind: str | None
 ) -> None:
-    real, seen = Spans.lengths, set[int]()
+    real, seen = Spans._known, set[int]()
 
-    def lengths(self: Spans, ends: torch.Tensor) -> list[int]:
-        found = real(self, ends)
+    def known(self: Spans, ends: torch.Tensor, expected: dict[int, list[int]]) -> list[int]:
+        found = real(self, ends, expected)
         assert found == [b - a for a, b in pairwise(ends.tolist())]
         seen.add(len(found))
         return found
 
-    monkeypatch.setattr(Spans, "lengths", lengths)
+    monkeypatch.setattr(Spans, "_known", known)
     model, x = make_model(family), two_videos(family)
     if kind == "tokens" and family_module(family).FAMILY.no_encoder(model.model, kind):
         pytest.skip("refused: see tests/test_encoder.py")

@@ -217,7 +217,7 @@ class Run:
 
         def ends() -> Tensor:
             known = self.tower.spans
-            return known.marked(self.spans_left(known.lengths(spans)), spans)
+            return known.marked(self.spans_left(known.stock(spans)), spans)
 
         return {
             **kwargs,

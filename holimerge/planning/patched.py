@@ -63,8 +63,9 @@ def row_of(handle: Handle, grids: Sequence[Grid], rest: int) -> Row:
     clips = tuple(_clip(shape, grid) for grid in grids)
     prompt = Prompt(shape, clips, rest, weights, first.element_size(), first.device.type)
     device = device_of(handle, shape) if budget.ttft_ms is not None else None
-    share, merging = tower_left(shape.vision, handle.config.encoder, prompt.clips[0].grid)
-    scheme = replace(row.scheme, tower_share=share, merging=merging)
+    left = [(clip, *tower_left(shape.vision, handle.config.encoder, clip.grid)) for clip in prompt.clips]
+    share = sum(prompt.tokens(clip) * share for clip, share, _ in left) / max(1, prompt.total)
+    scheme = replace(row.scheme, tower_share=share, merging=max(blocks for _, _, blocks in left))
     return Row(row.text, totals, rest, scheme, prompt, device, _attention(handle) == "eager")
 
 

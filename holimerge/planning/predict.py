@@ -253,9 +253,10 @@ def _blocks(
             attention += _passes(device, 4, rows * v.width)
         issued = host("tower_layer") + (len(spans) - 1) * host("attention_call")
         yield Step("vision", count * (plain + attention) * scheme.tower_share, count * issued)
-    if scheme.merging and device.apart:
+    if scheme.merging:
         work = _passes(device, _MERGING_PASSES, rows * v.width)
-        yield Step("vision", scheme.merging * work, scheme.merging * host("merging"))
+        sizes = len(set(window_rows(cells, v.window))) if v.window else 1  # windows of each merge by themselves
+        yield Step("vision", scheme.merging * work, scheme.merging * sizes * host("merging"))
 
 
 def _pieces(steps: int, chunk: int | None) -> list[int]:
@@ -357,31 +358,37 @@ def memory_parts(prompt: Prompt, scheme: Scheme, entering: int, *, eager: bool =
     """Bytes of `weights`, `cache`, and the activations alive at once in the `tower` and in the `decoder`.
 
     The tower's are gone when the decoder runs, but the features (and the prompt's embeddings) stay, and the stock
-    model keeps what the tower returned. eager: attention holds its weights, one layer at a time.
+    model keeps what the tower returned. What a reduction inside the tower saves of it is not counted. eager: attention
+    holds its weights, one layer at a time.
     """
     text, v, e = prompt.shape.text, prompt.shape.vision, prompt.element
     below, _ = prompt.lengths(entering, scheme)
     stock, levels = scheme.method is None, v.projectors - 1
-    tower = pixels = returned = 0
+    late = stock or scheme.at == "projector_output"
+    # in a block: what came in, the sum so far, what is normed, the embedding; queries and keys that were captured
+    # (with the values, where one layer makes them) and the levels that are added to the LLM's first layers
+    captured = 0 if stock else levels + (2 if v.side is not None else 3)
+    block = (4 + captured) * v.width + max(4 * v.width, (3 if v.gated else 2) * v.mlp)
+    after = v.width + (v.projector[1] + v.projector[2]) / v.merge**2 if late else 2 * v.width
+    rows = called = heads = logits = 0
     for clip in prompt.clips:
         cells = v.frame_grid(clip.grid)
         patches = cells[0] * cells[1]
         steps = max(_pieces(clip.steps, scheme.chunk))
-        # in a block: what came in, the sum so far, what is normed, the embedding; queries and keys that were captured
-        # (with the values, where one layer makes them) and the levels that are added to the LLM's first layers
-        captured = 0 if stock else levels + (2 if v.side is not None else 3)
-        block = (4 + captured) * v.width + max(4 * v.width, (3 if v.gated else 2) * v.mlp)
-        weights = v.heads * steps * patches**2 * (4 + e) if eager and v.side else 0
-        late = stock or scheme.at == "projector_output"
-        rows = clip.steps * patches
-        after = rows // v.merge**2 * (v.projector[1] + v.projector[2]) + rows * v.width if late else 2 * rows * v.width
-        scoring = 0
-        if not stock:  # of these the logits and their softmax of some frames at a time
-            at_once = min(steps, frames_at_once(v.heads * patches**2, prompt.kind))
-            scoring = e * steps * patches * (6 + captured) * v.width + at_once * v.heads * patches**2 * (4 + e)
-        tower = max(tower, e * max(steps * patches * block, after) + weights, scoring)
-        pixels += e * rows * v.channels * v.temporal_patch * v.patch**2
-        returned += rows * v.width * (2 if v.side is not None else 1) if stock else 0
+        rows += clip.steps * patches
+        # the videos of a prompt share one call, unless it is made in pieces
+        called = max(called, steps * patches) if scheme.chunk else called + steps * patches
+        squares = v.heads * patches**2
+        heads = max(heads, steps * squares) if scheme.chunk else heads + steps * squares
+        logits = max(logits, min(steps, frames_at_once(squares, prompt.kind)) * squares)
+    weights = heads * (4 + e) if eager and v.side else 0
+    tower = e * max(called * block, round(rows * after)) + weights
+    if not stock:  # of these the logits and their softmax of some frames at a time
+        tower = max(tower, e * called * (6 + captured) * v.width + logits * (4 + e))
+        if called < rows:  # and what earlier pieces gave
+            tower += e * (rows - called) * (1 + levels) * v.width
+    pixels = e * rows * v.channels * v.temporal_patch * v.patch**2
+    returned = rows * v.width * (2 if v.side is not None else 1) if stock else 0
     length = prompt.rest + prompt.total
     queries, keys = text.heads * text.head_dim, text.kv_heads * text.head_dim
     block = 3 * text.width + max(2 * queries + 2 * keys + text.width, 3 * text.mlp)

@@ -217,14 +217,12 @@ def host_times(
         if not square:
             longer = stages(model, inputs(STEPS[1]), where)["vision"]
             calls["stock"] = max(0.0, longer - base["stock"]) / (layers * (STEPS[1] - STEPS[0]))
+        more = stages(model, inputs(), where, {**cfg, "encoder": {"tokens": {"r": 1}}})["vision"]
+        merging = max(0.0, more - base["patched"]) / layers
         if windowed:
             model.model.visual.fullatt_block_indexes = []
             one, two = (stages(model, inputs(cells=cells), where, cfg)["vision"] for cells in (CELLS, MORE_CELLS))
             calls["patched"] = max(0.0, two - one) / layers
-        else:
-            encoder = {"tokens": {"r": 1}}
-            more = stages(model, inputs(), where, {**cfg, "encoder": encoder})["vision"]
-            merging = max(0.0, more - base["patched"]) / layers
     host = {}
     for flow, times in found.items():
         host[flow_name(kind, stock=flow == "stock")] = {**split_layers(times, few, many), "attention_call": calls[flow]}
