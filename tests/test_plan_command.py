@@ -21,6 +21,7 @@ from holimerge.eval.run import patched, run_once
 from holimerge.eval.small_shapes import SMALL
 from holimerge.eval.toy import random_model
 from holimerge.planning.predict import Clip, Prompt, Scheme, memory_parts
+from holimerge.planning.solve import tower_left
 from holimerge.shapes import build_config, shape_of
 
 
@@ -168,7 +169,7 @@ def test_on_a_gpu_the_bench_plans_for_the_published_models(monkeypatch):
 
 
 @pytest.mark.parametrize("name", SMALL)
-@pytest.mark.parametrize("preset", [None, "holimerge-25", "holitom-25"])
+@pytest.mark.parametrize("preset", [None, "holimerge-25", "holitom-25", "holimerge-10-fast"])
 def test_the_memory_of_a_prompt_is_what_its_tensors_hold(name, preset):
     known, frames = SMALL[name], 2 if "llava" in name else 6
     fewer = {**known.config, "text_config": {**known.config["text_config"], "num_hidden_layers": 4}}
@@ -179,7 +180,9 @@ def test_the_memory_of_a_prompt_is_what_its_tensors_hold(name, preset):
     with patched(model, cfg), PeakMemory() as watch:
         run = run_once(model, inputs, memory=False)
     given = sum(x.numel() * x.element_size() for x in inputs.values())
-    scheme = Scheme(None) if cfg is None else Scheme("holitom", cfg.outer.at, 3, 0.5)
+    scheme = Scheme(None)
+    if cfg is not None:
+        scheme = Scheme("holitom", cfg.outer.at, 3, 0.5, left=tower_left(shape.vision, cfg.encoder, known.grid))
     clip = Clip(shape.vision.steps(frames), known.grid)
     work = Prompt(shape, (clip,), inputs["input_ids"].shape[1] - run.tokens["features"])
 
@@ -187,7 +190,8 @@ def test_the_memory_of_a_prompt_is_what_its_tensors_hold(name, preset):
         parts = memory_parts(work, scheme, run.tokens["entering"])
         return parts["pixels"] + max(parts["tower"], parts["decoder"] + parts["cache"])
 
-    assert held(work) == pytest.approx(watch.peak + given, rel=0.15)
+    # where tokens merge inside the tower, blocks between the first and the last are not looked at
+    assert held(work) == pytest.approx(watch.peak + given, rel=0.15 if preset != "holimerge-10-fast" else 0.2)
     halves = (Clip(clip.steps // 2 or 1, known.grid),) * 2  # two videos go through the tower in one call
     if clip.steps % 2 == 0:
         assert held(replace(work, clips=halves)) == held(work)

@@ -35,7 +35,7 @@ from holimerge.planning.device import (
     save_device,
 )
 from holimerge.planning.patched import row_of
-from holimerge.planning.predict import Clip, Prompt, Scheme, memory_gib, memory_parts, predict
+from holimerge.planning.predict import Clip, Prompt, Scheme, TowerLeft, memory_gib, memory_parts, predict
 from holimerge.planning.solve import (
     EncoderSetting,
     ImpossibleError,
@@ -117,7 +117,7 @@ def test_the_decoder_and_the_tower_cost_the_products_that_the_flops_model_counts
     expected = 3 * products(150) + (text.layers - 3) * products(100) + 50 * 50 * text.width
     assert merged["prefill"] == pytest.approx(1e-6 * expected, rel=1e-3)
     assert merged["vision"] < found["vision"]  # the projector has moved behind the reduction
-    half = predict(work, here, Scheme("holitom", tower_share=0.5), 100)["vision"]
+    half = predict(work, here, Scheme("holitom", left=TowerLeft(0.5)), 100)["vision"]
     patches = math.prod(shape.vision.frame_grid(known.grid)) * 4
     embed = 1e-6 * patches * shape.vision.channels * shape.vision.temporal_patch * shape.vision.patch**2
     embed *= shape.vision.width
@@ -316,7 +316,7 @@ def test_a_plan_meets_every_limit_and_lets_the_most_tokens_enter():
 
 
 def test_a_setting_inside_the_tower_is_taken_only_where_a_milder_one_leaves_too_little():
-    encoders = [EncoderSetting({}, 0.5), EncoderSetting({}, 0.25)]
+    encoders = [EncoderSetting({}, TowerLeft(0.5)), EncoderSetting({}, TowerLeft(0.25))]
     here = setting(encoders=encoders)
     stock = plan(here, Budget(retain=1.0), 6)
     mild = plan(here, Budget(ttft_ms=0.8 * stock.ttft_ms), 6)
@@ -600,7 +600,7 @@ def test_settings_inside_the_tower_are_those_whose_work_is_known(name):
     shape = shape_of(build_config(known))
     settings = encoder_settings(shape, known.grid)
     vision = shape.vision
-    assert 1 > settings[0].tower_share > settings[1].tower_share > 0.4
+    assert 1 > settings[0].left.share > settings[1].left.share > 0.4
     for setting, keep in zip(settings, (0.75, 0.5), strict=True):
         encoder = load_config({"base": "holimerge-10", **setting.config}).encoder
         assert encoder.tokens.keep == keep
@@ -608,10 +608,11 @@ def test_settings_inside_the_tower_are_those_whose_work_is_known(name):
         rows, columns = vision.frame_grid(known.grid)
         assert work.blocks[0][1] == rows * columns
         assert work.blocks[-1][2] == pytest.approx(keep * rows * columns, rel=0.01)
-        assert setting.tower_share == tower_left(vision, encoder, known.grid)[0]
-        assert setting.merging == vision.layers if known.grid is None else setting.merging > 0
+        assert setting.left == tower_left(vision, encoder, known.grid)
+        assert setting.left.merging == vision.layers if known.grid is None else setting.left.merging > 0
+        assert setting.left.rows == pytest.approx(keep, rel=0.05)
     unknown = load_config("holimerge-10-frames").encoder  # which frames merge depends on the video
-    assert tower_left(vision, unknown, known.grid) == tower_left(vision, None, known.grid) == (1, 0)
+    assert tower_left(vision, unknown, known.grid) == tower_left(vision, None, known.grid) == TowerLeft()
 
 
 def test_a_patched_model_counts_what_its_tower_is_left_to_do():
@@ -621,7 +622,7 @@ def test_a_patched_model_counts_what_its_tower_is_left_to_do():
         cfg = load_config({"method": "holitom", "budget": {"memory_gib": 10}, "encoder": encoder})
         holimerge.patch_model(model, cfg)
         row = row_of(handle_of(model), [Grid(4, 4, 4)], 10)
-        shares.append(row.scheme.tower_share)
+        shares.append(row.scheme.left.share)
         assert shares[-1] == tower_left(shape_of(model.config).vision, cfg.encoder, None)[0]
     assert shares[0] == 1 > shares[1]
 

@@ -16,7 +16,7 @@ from test_planning import SMALLEST
 from holimerge.config import Budget
 from holimerge.planning import calibrate, tiny, watch
 from holimerge.planning.device import Device, product_name
-from holimerge.planning.predict import STAGES, Clip, Prompt, Scheme, predict, steps_of
+from holimerge.planning.predict import STAGES, Clip, Prompt, Scheme, TowerLeft, predict, steps_of
 from holimerge.planning.solve import ImpossibleError, Setting, plan
 from holimerge.planning.timeline import Step, by_stage
 from holimerge.planning.watch import Queue, Watch
@@ -147,14 +147,18 @@ def test_a_patched_tower_has_one_call_a_length_and_its_own_pooling():
 @pytest.mark.parametrize("name", NAMES)
 def test_costs_on_a_gpu_never_fall_when_a_token_is_added(name):
     work, here = prompt_of(name, 8), h200()
-    for scheme in (Scheme("holitom"), Scheme("holitom", "projector_output", 18, 0.5), Scheme("holitom", merging=9)):
+    for scheme in (
+        Scheme("holitom"),
+        Scheme("holitom", "projector_output", 18, 0.5),
+        Scheme("holitom", left=TowerLeft(1, 9)),
+    ):
         times = [sum(predict(work, here, scheme, k).values()) for k in range(1, work.total, 17)]
         assert all(a <= b * (1 + 1e-12) for a, b in itertools.pairwise(times))
 
 
 def test_what_merges_in_the_tower_is_launched_too():
     work, here = prompt_of(NAMES[0], 2), h200()  # few frames: the host is behind
-    plain, merging = (predict(work, here, Scheme(tower_share=0.7, merging=n), 10)["vision"] for n in (0, 26))
+    plain, merging = (predict(work, here, Scheme(left=TowerLeft(0.7, n)), 10)["vision"] for n in (0, 26))
     assert merging - plain == pytest.approx(26 * here.host["llava_onevision, patched"]["merging"])
     setting = Setting(work.shape, here, element=2)
     with pytest.raises(ImpossibleError) as error:

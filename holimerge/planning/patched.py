@@ -10,7 +10,7 @@ from ..config import Budget, ConfigError
 from ..encoding import Grid
 from ..shapes import ModelShape, shape_of, text_shape
 from .device import Device
-from .predict import Clip, Prompt, Scheme
+from .predict import Clip, Prompt, Scheme, TowerLeft
 from .solve import Row, tower_left
 
 if TYPE_CHECKING:
@@ -63,9 +63,11 @@ def row_of(handle: Handle, grids: Sequence[Grid], rest: int) -> Row:
     clips = tuple(_clip(shape, grid) for grid in grids)
     prompt = Prompt(shape, clips, rest, weights, first.element_size(), first.device.type)
     device = device_of(handle, shape) if budget.ttft_ms is not None else None
-    left = [(clip, *tower_left(shape.vision, handle.config.encoder, clip.grid)) for clip in prompt.clips]
-    share = sum(prompt.tokens(clip) * share for clip, share, _ in left) / max(1, prompt.total)
-    scheme = replace(row.scheme, tower_share=share, merging=max(blocks for _, _, blocks in left))
+    each = [tower_left(shape.vision, handle.config.encoder, clip.grid) for clip in prompt.clips]
+    weights_of = [prompt.tokens(clip) / max(1, prompt.total) for clip in prompt.clips]
+    share = sum(weight * left.share for weight, left in zip(weights_of, each, strict=True))
+    left = TowerLeft(share, max(x.merging for x in each), max(x.rows for x in each))
+    scheme = replace(row.scheme, left=left)
     return Row(row.text, totals, rest, scheme, prompt, device, _attention(handle) == "eager")
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..attention import frames_at_once
 from ..cost import inner_kept, llm_prefill_exact
@@ -33,14 +34,27 @@ class Clip:
     grid: Grid | None = None
 
 
+class TowerLeft(NamedTuple):
+    """What a setting inside the vision tower leaves of it.
+
+    share: of its FLOPs. merging: blocks in which tokens merge. rows: share of the patches that the last block sees.
+    """
+
+    share: float = 1.0
+    merging: int = 0
+    rows: float = 1.0
+
+
+WHOLE = TowerLeft()
+
+
 @dataclass(frozen=True)
 class Scheme:
     """What of a configuration costs time.
 
     method: of the outer reduction; None for the stock model. at: where it works. layer, retain: of the inner merge.
-    chunk: temporal steps per call of the tower. tower_share: FLOPs that a setting inside the vision tower leaves of
-    it; 1 without one. merging: blocks of the tower in which it merges tokens. tower_attention: of the configuration.
-    graphed: whether a GPU replays the tower's calls.
+    chunk: temporal steps per call of the tower. left: what a setting inside the vision tower leaves of it.
+    tower_attention: of the configuration. graphed: whether a GPU replays the tower's calls.
     """
 
     method: str | None = "holitom"
@@ -48,8 +62,7 @@ class Scheme:
     layer: int | None = None
     retain: float | None = None
     chunk: int | None = None
-    tower_share: float = 1.0
-    merging: int = 0
+    left: TowerLeft = WHOLE
     tower_attention: str = "auto"
     graphed: bool = False
 
@@ -246,17 +259,17 @@ def _blocks(
             calls += times
         if looped:
             for _ in range(count):
-                yield Step("vision", plain * scheme.tower_share, host("tower_layer"), waits=True)
-                yield Step("vision", attention * scheme.tower_share, calls * host("attention_call"))
+                yield Step("vision", plain * scheme.left.share, host("tower_layer"), waits=True)
+                yield Step("vision", attention * scheme.left.share, calls * host("attention_call"))
             continue
         if len(spans) > 1 and batched:  # gathered by length: queries, keys, values, and what comes out
             attention += _passes(device, 4, rows * v.width)
         issued = host("tower_layer") + (len(spans) - 1) * host("attention_call")
-        yield Step("vision", count * (plain + attention) * scheme.tower_share, count * issued)
-    if scheme.merging:
+        yield Step("vision", count * (plain + attention) * scheme.left.share, count * issued)
+    if scheme.left.merging:
         work = _passes(device, _MERGING_PASSES, rows * v.width)
         sizes = len(set(window_rows(cells, v.window))) if v.window else 1  # windows of each merge by themselves
-        yield Step("vision", scheme.merging * work, scheme.merging * sizes * host("merging"))
+        yield Step("vision", scheme.left.merging * work, scheme.left.merging * sizes * host("merging"))
 
 
 def _pieces(steps: int, chunk: int | None) -> list[int]:
@@ -358,8 +371,8 @@ def memory_parts(prompt: Prompt, scheme: Scheme, entering: int, *, eager: bool =
     """Bytes of `weights`, `cache`, and the activations alive at once in the `tower` and in the `decoder`.
 
     The tower's are gone when the decoder runs, but the features (and the prompt's embeddings) stay, and the stock
-    model keeps what the tower returned. What a reduction inside the tower saves of it is not counted. eager: attention
-    holds its weights, one layer at a time.
+    model keeps what the tower returned. Frames that merge inside the tower are not counted. eager: attention holds its
+    weights, one layer at a time.
     """
     text, v, e = prompt.shape.text, prompt.shape.vision, prompt.element
     below, _ = prompt.lengths(entering, scheme)
@@ -367,8 +380,10 @@ def memory_parts(prompt: Prompt, scheme: Scheme, entering: int, *, eager: bool =
     late = stock or scheme.at == "projector_output"
     # in a block: what came in, the sum so far, what is normed, the embedding; queries and keys that were captured
     # (with the values, where one layer makes them) and the levels that are added to the LLM's first layers
-    captured = 0 if stock else levels + (2 if v.side is not None else 3)
-    block = (4 + captured) * v.width + max(4 * v.width, (3 if v.gated else 2) * v.mlp)
+    captured = 0 if stock else 2 if v.side is not None else 3
+    inside = 4 * v.width + max(4 * v.width, (3 if v.gated else 2) * v.mlp)
+    # the last block sees fewer where tokens merge, of which the first block sees all
+    block = max(inside, scheme.left.rows * (inside + captured * v.width)) + (0 if stock else levels * v.width)
     after = v.width + (v.projector[1] + v.projector[2]) / v.merge**2 if late else 2 * v.width
     rows = called = heads = logits = 0
     for clip in prompt.clips:
@@ -379,12 +394,14 @@ def memory_parts(prompt: Prompt, scheme: Scheme, entering: int, *, eager: bool =
         # the videos of a prompt share one call, unless it is made in pieces
         called = max(called, steps * patches) if scheme.chunk else called + steps * patches
         squares = v.heads * patches**2
+        seen = round(squares * scheme.left.rows**2)
         heads = max(heads, steps * squares) if scheme.chunk else heads + steps * squares
-        logits = max(logits, min(steps, frames_at_once(squares, prompt.kind)) * squares)
+        logits = max(logits, min(steps, frames_at_once(seen, prompt.kind)) * seen)
     weights = heads * (4 + e) if eager and v.side else 0
-    tower = e * max(called * block, round(rows * after)) + weights
+    tower = round(e * max(called * block, rows * after)) + weights
     if not stock:  # of these the logits and their softmax of some frames at a time
-        tower = max(tower, e * called * (6 + captured) * v.width + logits * (4 + e))
+        scored = (4 + levels + scheme.left.rows * (2 + captured)) * v.width
+        tower = max(tower, round(e * called * scored) + logits * (4 + e))
         if called < rows:  # and what earlier pieces gave
             tower += e * (rows - called) * (1 + levels) * v.width
     pixels = e * rows * v.channels * v.temporal_patch * v.patch**2

@@ -24,6 +24,7 @@ from .predict import (
     Clip,
     Prompt,
     Scheme,
+    TowerLeft,
     flops_share,
     later_steps,
     memory_gib,
@@ -188,13 +189,11 @@ def round_up(value: float | Fraction, digits: int = 4) -> float:
 class EncoderSetting:
     """A setting inside the vision tower that a plan may choose.
 
-    config: keys it adds to the configuration. tower_share: FLOPs of the tower's blocks that it leaves. merging: blocks
-    in which tokens merge.
+    config: keys it adds to the configuration. left: what it leaves of the tower.
     """
 
     config: Mapping[str, Any]
-    tower_share: float
-    merging: int = 0
+    left: TowerLeft
 
 
 def encoder_settings(shape: ModelShape, grid: Grid | None = None) -> list[EncoderSetting]:
@@ -202,19 +201,19 @@ def encoder_settings(shape: ModelShape, grid: Grid | None = None) -> list[Encode
     known before a video is seen."""
     encoders = [Encoder(tokens=Tokens(layers=None, keep=1 - share)) for share in MERGED]
     return [
-        EncoderSetting({"encoder": {"tokens": {"keep": found.tokens.keep}}}, *tower_left(shape.vision, found, grid))
+        EncoderSetting({"encoder": {"tokens": {"keep": found.tokens.keep}}}, tower_left(shape.vision, found, grid))
         for found in encoders
         if found.tokens is not None
     ]
 
 
-def tower_left(vision: VisionShape, encoder: Encoder | None, grid: Grid | None) -> tuple[float, int]:
-    """What an `encoder` block leaves of the tower: the share of its FLOPs, 1 where that depends on the video; and the
-    number of blocks in which tokens merge."""
+def tower_left(vision: VisionShape, encoder: Encoder | None, grid: Grid | None) -> TowerLeft:
+    """What an `encoder` block leaves of the tower: all of it where that depends on the video."""
     work = tower_work(vision, encoder, 1, grid)
     if work is None:
-        return 1.0, 0
-    return tower(vision, 1, grid, work) / tower(vision, 1, grid), sum(flops > 0 for flops in work.matched)
+        return TowerLeft()
+    share = tower(vision, 1, grid, work) / tower(vision, 1, grid)
+    return TowerLeft(share, sum(flops > 0 for flops in work.matched), work.blocks[-1][1] / work.blocks[0][1])
 
 
 @dataclass(frozen=True)
@@ -301,9 +300,9 @@ def plan(setting: Setting, budget: Budget, frames: int) -> Choice:
     best: tuple[int, Choice] | None = None
     errors: list[ImpossibleError] = []
     for encoder in (None, *(setting.encoders or encoder_settings(setting.shape, setting.grid))):
-        left = (1.0, 0) if encoder is None else (encoder.tower_share, encoder.merging)
+        left = TowerLeft() if encoder is None else encoder.left
         for inner in (None, INNER) if setting.inner else (None,):
-            scheme = _scheme(setting.shape, inner, *left)
+            scheme = _scheme(setting.shape, inner, left)
             row = setting.row(frames, scheme)
             try:
                 (entering,) = share_out(budget, row)
@@ -319,8 +318,8 @@ def plan(setting: Setting, budget: Budget, frames: int) -> Choice:
     return best[1]
 
 
-def _scheme(shape: ModelShape, inner: Mapping[str, Any] | None, tower_share: float, merging: int) -> Scheme:
-    scheme = Scheme(tower_share=tower_share, merging=merging)
+def _scheme(shape: ModelShape, inner: Mapping[str, Any] | None, left: TowerLeft) -> Scheme:
+    scheme = Scheme(left=left)
     if inner is None:
         return scheme
     found = Inner(**inner)
