@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ from holimerge.config import Budget
 from holimerge.planning.solve import Choice, ImpossibleError, Setting, plan
 from holimerge.shapes import SHAPES as NAMED
 from holimerge.shapes import Shape, build_config, count_parameters
-from holimerge.timing import now, quiet_clock, reading
 
 from .conditions import conditions
 from .planning import measure_choices, setting_of, worst
@@ -35,29 +33,6 @@ RETAIN = {"cuda": 0.25}  # at most, where all tokens may take no longer than few
 SHARE = 0.6  # of the stock model's predicted time, which the plan must meet
 AIM = 0.15  # relative error of the time to first token
 GPU_SHAPES = {name: NAMED[name] for name in ("llava-onevision-7b", "qwen2.5-vl-7b", "qwen3-vl-8b")}
-
-
-class Pace:
-    """How fast the machine is from time to time, by one matrix product: others work on a shared one too."""
-
-    def __init__(self, device: torch.device, dtype: torch.dtype, edge: int = 1024) -> None:
-        self._x = torch.ones(edge, edge, device=device, dtype=dtype)
-        self._device, self._times = device, list[float]()
-
-    def sample(self, times: int = 5) -> None:
-        """Some more products."""
-        with reading(quiet_clock(self._device)):
-            for _ in range(times):
-                begin = now()
-                torch.mm(self._x, self._x)
-                if self._device.type == "cuda":
-                    torch.cuda.synchronize(self._device)
-                self._times.append(now() - begin)
-
-    def lap(self) -> float:
-        """Median seconds of a product since the last lap."""
-        found, self._times = statistics.median(self._times), []
-        return found
 
 
 def bench_shape(
@@ -85,21 +60,16 @@ def bench_shape(
         keep: given the result so far after each number of frames.
 
     Returns:
-        `cases`: per number of frames `unpatched` and `plan`, each predicted and measured, and `drift`, how much longer
-        the same matrix product took between these runs than around the calibration; `errors` of the time to first
-        token; `errors_without_drift`, where it is divided by that; `memory_errors` of the peak of memory,
-        `activation_errors` of what of it is no weight; `aim`, of the errors as they are; `conditions`.
+        `cases`: per number of frames `unpatched` and `plan`, each predicted and measured; `errors` of the time to first
+        token; `memory_errors` of the peak of memory, `activation_errors` of what of it is no weight; `aim`;
+        `conditions`.
     """
     config, where = build_config(shape), torch.device(device)
     gpu = where.type == "cuda"
     dtype = torch.bfloat16 if gpu else torch.float32
     warmup = (2 if gpu else 1) if warmup is None else warmup
     repeats = (5 if gpu else 3) if repeats is None else repeats
-    pace = Pace(where, dtype)
-    pace.sample()
     setting = setting_of(config, shape, device=where, dtype=dtype, recalibrate=recalibrate)
-    pace.sample()
-    calibrated_at = pace.lap()
     gc.collect()  # a model before this one would count as memory
     model = random_model(config, device=where, dtype=dtype, attn_implementation="sdpa")
     result: dict[str, Any] = {
@@ -114,21 +84,12 @@ def bench_shape(
         stock = plan(setting, Budget.model_validate({"retain": 1.0}), count)
         limits, planned = _within(setting, count, stock.ttft_ms, share, RETAIN.get(where.type))
         choices = {"unpatched": stock, "plan": planned}
-
-        def tell(what: str, done: int, total: int) -> None:
-            pace.sample()
-            if say is not None:
-                say(what, done, total)
-
-        runs = measure_choices(model, config, setting, choices, warmup=warmup, repeats=repeats, say=tell)
-        drift = pace.lap() / calibrated_at
+        runs = measure_choices(model, config, setting, choices, warmup=warmup, repeats=repeats, say=say)
         sides = {name: {**choices[name].to_dict(), "measured": runs[name]} for name in choices}
-        result["cases"][str(count)] = {"budget": limits, "drift": round(drift, 4), **sides}
+        result["cases"][str(count)] = {"budget": limits, **sides}
         measured = [case[side]["measured"] for case in result["cases"].values() for side in ("unpatched", "plan")]
         errors = [run["error"]["ttft"] for run in measured]
         result["errors"] = worst(errors)
-        drifts = [case["drift"] for case in result["cases"].values() for _ in range(2)]
-        result["errors_without_drift"] = worst([(1 + a) * d - 1 for a, d in zip(errors, drifts, strict=True)])
         result["memory_errors"] = worst([run["error"]["memory"] for run in measured])
         result["activation_errors"] = worst([run["error"]["activations"] for run in measured])
         result["aim"] = {"at most": AIM, "met": max(map(abs, errors)) <= AIM}
