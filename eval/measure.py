@@ -20,6 +20,7 @@ from holimerge.cost import decode_cost, exact_cost, tower_work
 from holimerge.registry import method_module
 from holimerge.shapes import shape_of
 
+from .peak_memory import bytes_of
 from .run import Run, patched, run_once
 
 Say = Callable[[str, int, int], None]  # what is being done, how many runs are done, of how many
@@ -108,16 +109,11 @@ def measure_cases(
         name: summary(model, given[name], configs[name], runs[name], decoded.get(name), counted.get(name))
         for name in cases
     }
+    everything = bytes_of(x for inputs_of in given.values() for x in inputs_of.values())
     for name, case in found.items():
         if case["peak_memory_bytes"] is not None:  # what other cases' prompts hold meanwhile is not this one's
-            case["peak_memory_bytes"] -= _bytes(given) - _bytes({name: given[name]})
+            case["peak_memory_bytes"] -= everything - bytes_of(given[name].values())
     return found
-
-
-def _bytes(prompts: Mapping[str, Mapping[str, Tensor]]) -> int:
-    """Of all tensors, each counted once."""
-    tensors = {id(x): x for inputs in prompts.values() for x in inputs.values()}
-    return sum(x.numel() * x.element_size() for x in tensors.values())
 
 
 def _record(model: Any, inputs: Mapping[str, Tensor], config: Config | None) -> None:

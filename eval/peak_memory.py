@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Of all of them, each counted once."""
+    return sum(x.numel() * x.element_size() for x in {id(x): x for x in tensors}.values())
 
 
 class PeakMemory(TorchDispatchMode):

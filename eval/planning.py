@@ -21,7 +21,7 @@ from holimerge.timing import quiet_clock, reading
 from .bench import bench_inputs
 from .conditions import conditions
 from .measure import measure_cases
-from .peak_memory import PeakMemory
+from .peak_memory import PeakMemory, bytes_of
 from .run import patched, run_once
 from .toy import describe, random_model, toy_config
 
@@ -229,7 +229,7 @@ def measure_choices(
         if first.device.type != "cuda":
             with patched(model, cases[name]), PeakMemory() as watch:
                 run_once(model, inputs, memory=False)
-            peak = watch.peak + setting.weights + sum(x.numel() * x.element_size() for x in inputs.values())
+            peak = watch.peak + setting.weights + bytes_of(inputs.values())
         error["memory"] = choice.memory_gib / (peak / GIB) - 1
         error["activations"] = (choice.memory_gib * GIB - setting.weights) / (peak - setting.weights) - 1
         found[name] = {

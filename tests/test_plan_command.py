@@ -16,7 +16,7 @@ from holimerge.eval import bench_planner, planning
 from holimerge.eval.bench import bench_inputs
 from holimerge.eval.bench_suite import benches
 from holimerge.eval.cli import app
-from holimerge.eval.peak_memory import PeakMemory
+from holimerge.eval.peak_memory import PeakMemory, bytes_of
 from holimerge.eval.run import patched, run_once
 from holimerge.eval.small_shapes import SMALL
 from holimerge.eval.toy import random_model
@@ -179,7 +179,7 @@ def test_the_memory_of_a_prompt_is_what_its_tensors_hold(name, preset):
     cfg = None if preset is None else holimerge.load_config({"base": preset, "inner": {"layer": 3, "retain": 0.5}})
     with patched(model, cfg), PeakMemory() as watch:
         run = run_once(model, inputs, memory=False)
-    given = sum(x.numel() * x.element_size() for x in inputs.values())
+    given = bytes_of(inputs.values())
     scheme = Scheme(None)
     if cfg is not None:
         scheme = Scheme("holitom", cfg.outer.at, 3, 0.5, left=tower_left(shape.vision, cfg.encoder, known.grid))
