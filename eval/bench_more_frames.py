@@ -4,7 +4,7 @@ many in the same number of tokens."""
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,36 +13,36 @@ from holimerge.config import load_config
 from .evaluate import evaluate
 from .tiny import CHECKPOINT
 
-PRESET, FRAMES, QUESTIONS = "more-frames-4", 8, 1000
+PRESETS, FRAMES, QUESTIONS = ("more-frames-4", "more-frames-4-fast"), 8, 1000
 
 
 def bench_more_frames(
     *,
-    preset: str = PRESET,
+    presets: Sequence[str] = PRESETS,
     frames: int = FRAMES,
     questions: int | None = QUESTIONS,
     output: Path | None = None,
     seed: int = 0,
     say: Callable[..., None] = lambda *_: None,
 ) -> dict[str, Any]:
-    """Ask the embedded model about synthetic videos, unpatched with `frames` and under `preset` with more.
+    """Ask the embedded model about synthetic videos, unpatched with `frames` and under `presets` with more.
 
     Args:
-        preset: a configuration with `more_frames`.
+        presets: configurations with `more_frames`.
         frames: of the unpatched model.
         questions: the first so many; None for all.
         output: where records go; a folder of a moment if None.
 
     Returns:
         `cases`: name -> {accuracy {percent, low, high, ...}, by_category, tokens, flops, frames asked for}; `ratios` of
-        accuracies, preset over unpatched; `conditions`.
+        accuracies, presets over unpatched; `conditions`.
     """
-    times = load_config(preset).more_frames
-    say(f"{frames} frames against {frames * times} in their tokens")
+    times = {"unpatched": 1} | {preset: load_config(preset).more_frames for preset in presets}
+    say(", ".join(f"{name}: {frames * more} frames" for name, more in times.items()))
     with tempfile.TemporaryDirectory() as temporary:
         results = evaluate(
             str(CHECKPOINT),
-            ["unpatched", preset],
+            list(times),
             ["synthetic"],
             output or Path(temporary),
             num_frames=frames,
@@ -55,17 +55,19 @@ def bench_more_frames(
     cases = {
         name: {
             **{key: found[key] for key in ("accuracy", "by_category", "tokens", "flops")},
-            "frames": frames * (times if name == preset else 1),
+            "frames": frames * times[name],
         }
         for name, found in task["configs"].items()
     }
-    full, more = cases["unpatched"], cases[preset]
-    pairs = {"accuracy": (more["accuracy"], full["accuracy"])}
-    for kind in ("needle", "direction"):  # what is short, or needs neighbouring frames
-        pairs[f"accuracy of {kind}"] = tuple(case["by_category"].get(kind, {"percent": 0}) for case in (more, full))
+    full, pairs = cases["unpatched"], {}
+    for preset in presets:
+        pairs[f"{preset}, accuracy"] = (cases[preset]["accuracy"], full["accuracy"])
+        for kind in ("needle", "direction"):  # what is short, or needs neighbouring frames
+            found = tuple(case["by_category"].get(kind, {"percent": 0}) for case in (cases[preset], full))
+            pairs[f"{preset}, accuracy of {kind}"] = found
     return {
         "kind": "more_frames",
-        "preset": preset,
+        "presets": list(presets),
         "questions": len(task["samples"]["id"]),
         "cases": cases,
         "ratios": {name: round(a["percent"] / b["percent"], 3) for name, (a, b) in pairs.items() if b["percent"]},

@@ -57,7 +57,7 @@ def benches(gpu: bool) -> list[Bench]:
     from .small_shapes import SMALL
 
     shapes = GPU_SHAPES if gpu else ("toy", *SMALL)
-    more, few = ("holimerge-10", "more-frames-10" if gpu else "more-frames-4"), 32 if gpu else 8
+    more = ("holimerge-10", *(["more-frames-10"] if gpu else []), "more-frames-4", "more-frames-4-fast")
     found = []
     for shape in shapes:
         presets = ("holitom-10", "holimerge-10", "holimerge-10-fast", "holimerge-25")
@@ -67,8 +67,9 @@ def benches(gpu: bool) -> list[Bench]:
         elif shape in SMALL:
             runs = partial(runs, warmup=1, repeats=3, new_tokens=0)
         found.append(Bench(f"model-{shape}", runs))
+    asked: dict[str, Any] = {"shape": shapes[0]} if gpu else {"shape": next(iter(SMALL)), "frames": 16, "repeats": 2}
     found.append(
-        Bench(f"more-frames-{shapes[0]}", partial(bench_model, shape=shapes[0], configs=more, frames=few, new_tokens=0))
+        Bench(f"more-frames-{asked['shape']}", partial(bench_model, configs=more, warmup=1, new_tokens=0, **asked))
     )
     found.append(Bench(f"growth-{SIDE * SIDE}x{WIDTH}", bench_growth))
     found.append(

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from holimerge.config import load_config
 from holimerge.registry import list_presets
 
 from .demo import FULL_RUN
@@ -71,14 +72,17 @@ def _first_token(result: dict[str, Any]) -> list[str]:
             case["ms"]["ttft"]["median"],
         )
         cells = " | ".join(f"{ms:.1f}" for ms in numbers)
-        lines.append(f"| {name} | {case['tokens']['entering']} | {cells} | {ratio:.2f}x |")
+        times = 1 if name == "unpatched" else load_config(name).more_frames
+        more = f", {times * result['prompt']['frames']} frames" if times > 1 else ""
+        lines.append(f"| {name}{more} | {case['tokens']['entering']} | {cells} | {ratio:.2f}x |")
     return lines
 
 
 def ratios_block(folder: Path) -> str:
     """Markdown for the first token on a GPU and of small shapes, and for the ratios of every result in `folder`."""
     found = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
-    models = [r for path, r in found.items() if r.get("kind") == "model" and path.stem.startswith("model-")]
+    tables = ("model-", "more-frames-")
+    models = [r for path, r in found.items() if r.get("kind") == "model" and path.stem.startswith(tables)]
     on_gpu = [r for r in models if r["conditions"]["device_type"] == "cuda"]
     small = [r for r in models if r["shape"] in SMALL]
     parts = [BEGIN]

@@ -80,10 +80,14 @@ def test_every_bench_has_a_file_of_its_own(gpu: bool) -> None:
 
 def test_more_frames_enter_in_no_more_tokens() -> None:
     result = bench_more_frames(questions=12)
-    few, many = result["cases"].values()
-    assert result["questions"] == few["accuracy"]["n"] == many["accuracy"]["n"] == 12
-    assert many["frames"] == 4 * few["frames"] == 32
-    assert many["tokens"]["features"]["median"] > 3 * few["tokens"]["features"]["median"]
-    assert many["tokens"]["entering"]["max"] <= few["tokens"]["entering"]["max"]
-    percent = many["accuracy"]["percent"] / few["accuracy"]["percent"]
-    assert result["ratios"]["accuracy"] == pytest.approx(percent, abs=1e-3)
+    few, *more = result["cases"].values()
+    assert list(result["cases"])[1:] == ["more-frames-4", "more-frames-4-fast"]
+    for name, many in zip(result["presets"], more, strict=True):
+        assert result["questions"] == few["accuracy"]["n"] == many["accuracy"]["n"] == 12
+        assert many["frames"] == 4 * few["frames"] == 32
+        assert many["tokens"]["features"]["median"] > 3 * few["tokens"]["features"]["median"]
+        assert many["tokens"]["entering"]["max"] <= few["tokens"]["entering"]["max"]
+        percent = many["accuracy"]["percent"] / few["accuracy"]["percent"]
+        assert result["ratios"][f"{name}, accuracy"] == pytest.approx(percent, abs=1e-3)
+    vision = [case["flops"]["total"]["median"] - case["flops"]["prefill"]["median"] for case in more]
+    assert vision[1] < vision[0]  # the fast one merges tokens inside the tower
