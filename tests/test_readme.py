@@ -59,6 +59,16 @@ def test_the_exact_figures_are_what_the_command_prints(shape, full, left):
     assert f"{left}" in TEXT
 
 
+def test_four_times_the_frames_cost_the_flops_of_one():
+    shape = "llava-onevision-7b"
+    total = flops_report(shape, frames=128, config="more-frames-4-fast")["total"]["reduced"]
+    once = flops_report(shape, frames=32, config="more-frames-4-fast")["total"]["unreduced"]
+    assert total < once
+    said = (ROOT / "configs/more-frames-4-fast.yaml").read_text(encoding="utf-8")
+    assert f"{total / 1e12:.0f} T for 128 frames" in said
+    assert f"take {once / 1e12:.1f} T)" in said
+
+
 def test_the_yaml_of_the_readme_loads():
     blocks = re.findall(r"```yaml\n(.*?)```", TEXT, re.S)
     assert blocks
