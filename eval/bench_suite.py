@@ -3,10 +3,10 @@
     python -m holimerge.eval.bench_suite --output results [--gpu] [--only decode]
 
 A result has `kind`, `conditions` and `ratios` (name -> a number, higher is better). Only ratios of two sides measured
-in one run are compared with an earlier run's, never milliseconds. The state of the heap alone can move a ratio of steps
-of a few milliseconds by a tenth, for a whole run: so without a GPU, whose time is dear, a bench that got slower is
-measured once more, and named only if it is slower again. Its file then holds the second run, and the first one's ratios
-as `first_ratios`.
+in one run are compared with an earlier run's, never milliseconds. Where a step takes a few milliseconds on a CPU, the
+ratios of one and the same code differ by a tenth between runs: so without a GPU, whose time is dear, a bench that got
+slower is measured once more, and named only if it is slower again. Its file then holds the second run, and the first
+one's ratios as `first_ratios`.
 """
 
 from __future__ import annotations

@@ -46,8 +46,8 @@ class Ahead:
 
     def add(self, piece: dict[str, Tensor]) -> None:
         """Encode the next frames. piece: as `Settings.pixels` gives them, on the tower's device."""
-        stage = self._stage()
-        if stage is None or not stage.attached:
+        stage = self._patch
+        if stage is None:
             raise RuntimeError("the model was unpatched, or patched anew, while a video was being read for it")
         family, core = stage.handle.family, stage.handle.core
         stock = core.__dict__[stage.functions()["video"]].original
@@ -75,8 +75,13 @@ class Ahead:
     @property
     def stale(self) -> bool:
         """Whether the patch that encoded is gone."""
+        return self._patch is None
+
+    @property
+    def _patch(self) -> OuterStage | None:
+        """The stage that encodes, as long as the model has its patch."""
         stage = self._stage()
-        return stage is None or not stage.attached
+        return stage if stage is not None and stage.attached else None
 
     def encoded(self) -> list[Encoded]:
         """What the tower gave, as of one video."""

@@ -279,9 +279,7 @@ def test_beams_use_what_is_there() -> None:
 def test_another_patch_gives_the_features_memory_back() -> None:
     from holimerge.encode_ahead import _KNOWN
 
-    model = holimerge.patch_model(make_model("llava_onevision"), BUDGET)
-    pixels = read_pixels(clip(), settings_of(model), chunk=CHUNK, model=model)[1]
-    inputs, before = prompt(model, pixels, 10), len(_KNOWN)
+    (model, _, inputs), before = read_ahead(), len(_KNOWN)
     with holimerge.merging(model, BUDGET):
         answer(model, inputs)
     assert len(_KNOWN) == before - 1
